@@ -1,0 +1,404 @@
+"""LayerCache: one layer's cache. Sinks, packed pages and an exact window, for ragged batches.
+
+Every row holds its own number of tokens: the first S in sink slots, the most recent ones (at least
+R) in a ring of exact slots, the rest in packed pages. Tokens leave the window a unit at a time
+(whole planes, whole key groups). The counters are device tensors, so that a step of a cache with
+`max_length` is one graph for torch.compile and CUDA graphs; in eager mode the host mirrors them.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kivi import store
+from kivi.attention import Impl, get_ops
+from kivi.kernels.reference import CacheView
+from kivi.pages import PagePool, PageTable, page_count
+from kivi.quantize import DTYPES, check_finite_tensor, check_tensor
+from kivi.spec import KVSpec, check_choice, check_count
+
+Counts = tuple[list[int], list[int]]
+"""Lengths and packed lengths of the rows."""
+
+
+class CacheBytes(NamedTuple):
+    """Bytes `allocated` (a shared pool counted whole) and of these `used` by the tokens held."""
+
+    allocated: int
+    used: int
+
+
+class LayerCache:
+    """One layer's quantized cache.
+
+    Args:
+        spec: how keys and values are kept.
+        batch_size: B, rows.
+        num_kv_heads: Hkv.
+        head_dim: D of the keys.
+        value_head_dim: D of the values, default the keys'.
+        max_length: tokens that a row can hold. With it all buffers are allocated at once and keep
+            their addresses; without it the cache grows by pages.
+        dtype: of keys, values and queries: float16, bfloat16 or float32.
+        device: where the cache lives.
+        impl: "auto", "eager", "compile" or "triton".
+        check_finite: refuse keys and values with NaN or infinities (reads the device each time).
+
+    Raises:
+        ValueError: for a size, dtype or implementation that is not allowed, or group sizes that do
+            not fit the head dimension.
+    """
+
+    def __init__(
+        self,
+        spec: KVSpec,
+        batch_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        value_head_dim: int | None = None,
+        *,
+        max_length: int | None = None,
+        dtype: torch.dtype = torch.float16,
+        device: torch.device | str = "cpu",
+        impl: Impl = "auto",
+        check_finite: bool = False,
+    ) -> None:
+        value_head_dim = head_dim if value_head_dim is None else value_head_dim
+        sizes = {"batch_size": batch_size, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
+        for name, size in {**sizes, "value_head_dim": value_head_dim}.items():
+            check_count(name, size, 1)
+        if max_length is not None:
+            check_count("max_length", max_length, 1)
+        check_choice("dtype", dtype, DTYPES)
+        spec.bits_per_element(head_dim, value_head_dim)  # raises where a group does not fit
+        self._ops = get_ops(impl, spec)
+        self.spec, self.max_length, self.check_finite = spec, max_length, check_finite
+        self.batch_size, self.num_kv_heads = batch_size, num_kv_heads
+        self.head_dim, self.value_head_dim, self.dtype = head_dim, value_head_dim, dtype
+        self.device = torch.device(device)
+        columns = None
+        if max_length is not None:
+            columns = max(1, page_count(max_length - spec.sink_length - spec.residual_length))
+        pool = PagePool(
+            spec, num_kv_heads, head_dim, value_head_dim, dtype, self.device, batch_size * (columns or 0)
+        )
+        self._pages = PageTable(pool, batch_size, columns)
+        self._table = self._pages.tensor(self.device)
+        slots = spec.sink_length + store.ring_slots(spec) + 1
+        shape = (batch_size, num_kv_heads, slots)
+        self._exact_key = torch.zeros(*shape, head_dim, dtype=dtype, device=self.device)
+        self._exact_value = torch.zeros(*shape, value_head_dim, dtype=dtype, device=self.device)
+        self._length = torch.zeros(batch_size, dtype=torch.int64, device=self.device)
+        self._packed = self._length.clone()
+        self._host: Counts | None = ([0] * batch_size, [0] * batch_size)
+        if max_length is not None:
+            for tensor in (*self._view()[2:], *pool.key, *pool.value):
+                if tensor is not None:
+                    torch._dynamo.mark_static_address(tensor)
+
+    # ---------------------------------------------------------------- reading
+
+    def lengths(self) -> list[int]:
+        """Tokens held by each row (reads the device after compiled steps)."""
+        return list(self._mirror()[0])
+
+    def packed_lengths(self) -> list[int]:
+        """Packed tokens of each row."""
+        return list(self._mirror()[1])
+
+    def nbytes(self) -> CacheBytes:
+        """Bytes allocated and in use."""
+        lengths, packed = self._mirror()
+        pool, table = self._pages.pool, self._pages.rows
+        pages = {p for row, n in zip(table, packed, strict=True) for p in row[: page_count(n)]}
+        exact = (sum(lengths) - sum(packed)) * sum(t[0, :, 0].nbytes for t in self._view()[4:6])
+        counters = self._table.nbytes + self._length.nbytes + self._packed.nbytes
+        own = self._exact_key.nbytes + self._exact_value.nbytes + counters
+        return CacheBytes(pool.nbytes + own, len(pages) * pool.page_nbytes + exact + counters)
+
+    def dequantize(self) -> tuple[Tensor, Tensor]:
+        """Dense keys and values `[B, Hkv, max(lengths), D]`, left-aligned, zero past a row's end."""
+        return store.dense(self._view(), self.spec, max(self.lengths()))
+
+    # ---------------------------------------------------------------- writing
+
+    def prefill(self, k: Tensor, v: Tensor, valid: Tensor | None = None) -> None:
+        """Store a prompt in an empty cache; attention over it is the caller's, exact.
+
+        Args:
+            k: `[B, Hkv, T, D]`, after RoPE.
+            v: `[B, Hkv, T, Dv]`.
+            valid: `[B, T]` bool; columns that are not valid (padding) are not stored.
+
+        Raises:
+            ValueError: for wrong shapes or dtypes, a cache that is not empty, more tokens than
+                `max_length`, or elements that are not finite under `check_finite`.
+        """
+        if not (self._tracing() or self._is_empty()):
+            raise ValueError(
+                f"prefill needs an empty cache; this one holds {self.lengths()} tokens: "
+                "use append(), or reset() first"
+            )
+        self.append(k, v, valid)
+
+    @torch.no_grad()
+    def append(self, k: Tensor, v: Tensor, valid: Tensor | None = None) -> None:
+        """Store T >= 0 more tokens of each row. Arguments and errors as in `prefill`."""
+        self._check(k, v, valid)
+        if k.shape[2]:
+            step, host = self._step(k.shape[2], valid)
+            if k.shape[2] <= store.SLACK:
+                store.write_exact(self._view(), self.spec, k, v, step.position)
+            self._store(k, v, valid, step, host)
+
+    @torch.no_grad()
+    def decode(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float | None = None,
+        *,
+        valid: Tensor | None = None,
+        mask: Tensor | None = None,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
+    ) -> Tensor:
+        """Attend over the cache and T new tokens (exact, causal among them), then store these.
+
+        On an empty cache this is exact prefill attention.
+
+        Args:
+            q: `[B, Hq, T, D]`, Hq a multiple of Hkv.
+            k: `[B, Hkv, T, D]`.
+            v: `[B, Hkv, T, Dv]`.
+            scale: factor of the scores, default `D ** -0.5`.
+            valid: `[B, T]` bool; columns that are not valid (padding) are neither seen nor stored,
+                and what their queries return means nothing.
+            mask: `[B or 1, 1, T, T]` bool in place of causal order among the new tokens.
+            sliding_window: a query sees only so many tokens, itself included.
+            softcap: scores become `softcap * tanh(score / softcap)`.
+            s_aux: `[Hq]` logits of a virtual key without a value (attention sinks of GPT-OSS).
+
+        Returns:
+            `[B, Hq, T, Dv]` in q's dtype.
+
+        Raises:
+            ValueError: as `prefill`, and for a q that does not fit k.
+        """
+        self._check(k, v, valid)
+        b, _, t, d = k.shape
+        fits = q.dim() == 4 and q.shape[0] == b and q.shape[2:] == (t, d)
+        if not fits or q.shape[1] % self.num_kv_heads or q.dtype != self.dtype:
+            raise ValueError(
+                f"q has shape {tuple(q.shape)} and dtype {q.dtype}; it must be "
+                f"[{b}, a multiple of {self.num_kv_heads}, {t}, {d}] and {self.dtype}"
+            )
+        if mask is not None and (mask.shape[1:] != (1, t, t) or mask.dtype != torch.bool):
+            raise ValueError(
+                f"mask has shape {tuple(mask.shape)} and dtype {mask.dtype}; "
+                f"it must be [{b} or 1, 1, {t}, {t}] and torch.bool"
+            )
+        if t == 0:
+            return q.new_empty(b, q.shape[1], 0, self.value_head_dim)
+        scale = d**-0.5 if scale is None else scale
+        step, host = self._step(t, valid)
+        # A padding column's query gets some position; what it returns means nothing.
+        query = step.position.clamp_min(0)
+        options = (sliding_window, softcap, s_aux)
+        view = self._view()
+        if t <= store.SLACK:
+            store.write_exact(view, self.spec, k, v, step.position)
+        if t <= store.SLACK and mask is None:
+            view = view._replace(length=step.length)
+            out, _ = self._ops.decode_attention(q, view, self.spec, query, scale, *options)
+        else:
+            past = None if self._is_empty() else view
+            out, _ = self._ops.extend_attention(
+                q, k, v, past, self.spec, query, scale, valid, mask, *options
+            )
+        self._store(k, v, valid, step, host)
+        return out  # type: ignore[no-any-return]
+
+    # ---------------------------------------------------------------- rows
+
+    @torch.no_grad()
+    def select(self, indices: Tensor | list[int]) -> None:
+        """Make row i a continuation of the old row `indices[i]`: reorder, repeat or drop rows.
+
+        Full pages are shared; a page that will still be written is copied where two rows need it.
+
+        Args:
+            indices: old rows, at least one, in any order, any of them more than once.
+
+        Raises:
+            ValueError: if an index is not a row.
+        """
+        rows = indices.tolist() if isinstance(indices, Tensor) else list(indices)
+        if not rows or any(r not in range(self.batch_size) for r in rows):
+            raise ValueError(f"indices={rows} is not allowed; rows are 0 to {self.batch_size - 1}")
+        lengths, packed = ([counts[r] for r in rows] for counts in self._mirror())
+        index = torch.tensor(rows, device=self.device)
+        names = ("_exact_key", "_exact_value", "_length", "_packed")
+        new = [getattr(self, name).index_select(0, index) for name in names]
+        self._pages.rebuild(rows, packed)
+        for name, tensor in zip(names, new, strict=True):
+            if len(rows) == self.batch_size:  # addresses stay
+                getattr(self, name).copy_(tensor)
+            else:
+                setattr(self, name, tensor)
+        self.batch_size, self._host = len(rows), (lengths, packed)
+        self._write_table()
+
+    @torch.no_grad()
+    def fork(self) -> LayerCache:
+        """A cache that continues from here on its own; full pages are stored once for both.
+
+        Forking a cache with `max_length` may move its pool: capture CUDA graphs after it.
+        """
+        lengths, packed = self._mirror()
+        child = copy.copy(self)
+        for name in ("_exact_key", "_exact_value", "_length", "_packed", "_table"):
+            setattr(child, name, getattr(self, name).clone())
+        child._pages = self._pages.rebuild(list(range(self.batch_size)), packed, fork=True)
+        child._host = (list(lengths), list(packed))
+        child._write_table()
+        return child
+
+    @torch.no_grad()
+    def crop(self, tokens: int) -> None:
+        """Drop the last tokens of every row.
+
+        What was packed stays quantized: where the cut falls into a packed unit, the rest of that
+        unit moves back into the exact window, dequantized.
+
+        Args:
+            tokens: how many, 0 to the length of the shortest row.
+
+        Raises:
+            ValueError: for a count outside of that.
+        """
+        check_count("tokens", tokens)
+        lengths, packed = self._mirror()
+        if tokens > min(lengths):
+            raise ValueError(f"tokens={tokens} is not allowed; the rows hold {lengths} tokens")
+        sinks, unit = self.spec.sink_length, self.spec.unit
+        kept = [n - tokens for n in lengths]
+        target = [min(p, max(0, n - sinks) // unit * unit) for n, p in zip(kept, packed, strict=True)]
+        if target != packed:
+            due = torch.tensor([a < b for a, b in zip(target, packed, strict=True)], device=self.device)
+            counts = torch.tensor([target, kept], device=self.device)
+            store.unpack_unit(self._view(), self.spec, counts[0], counts[1], due)
+        self._forget(kept, target)
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Forget all tokens; buffers and, with `max_length`, addresses stay."""
+        nothing = [0] * self.batch_size
+        self._forget(nothing, nothing)
+
+    def _forget(self, lengths: list[int], packed: list[int]) -> None:
+        """Set the counters to what is kept, and make every page still to be written the row's own."""
+        self._pages.rebuild(list(range(self.batch_size)), packed)
+        self._length.copy_(torch.tensor(lengths))
+        self._packed.copy_(torch.tensor(packed))
+        self._host = (list(lengths), list(packed))
+        self._write_table()
+
+    # ---------------------------------------------------------------- state
+
+    @staticmethod
+    def _tracing() -> bool:
+        """Whether this call becomes a graph, in which the host cannot count."""
+        if torch.compiler.is_compiling():
+            return True
+        return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+    def _mirror(self) -> Counts:
+        """Lengths and packed lengths on the host; read from the device after traced steps."""
+        if self._host is None:
+            lengths, packed = torch.stack([self._length, self._packed]).tolist()
+            self._host = (lengths, packed)
+        return self._host
+
+    def _is_empty(self) -> bool:
+        return not self._tracing() and not any(self._mirror()[0])
+
+    def _view(self) -> CacheView:
+        pool, exact = self._pages.pool, (self._exact_key, self._exact_value)
+        return CacheView(pool.key, pool.value, self._table, self._packed, *exact, self._length)
+
+    def _write_table(self) -> None:
+        table = self._pages.tensor(self.device)
+        if table.shape == self._table.shape:
+            self._table.copy_(table)
+        else:
+            self._table = table
+
+    def _check(self, k: Tensor, v: Tensor, valid: Tensor | None) -> None:
+        check_tensor("k", k, self.head_dim)
+        check_tensor("v", v, self.value_head_dim)
+        want = (self.batch_size, self.num_kv_heads, k.shape[2])
+        for name, x in (("k", k), ("v", v)):
+            if x.shape[:3] != want or x.dtype != self.dtype or x.device.type != self.device.type:
+                raise ValueError(
+                    f"{name} has shape {tuple(x.shape)}, dtype {x.dtype} and device {x.device}; it "
+                    f"must be {(*want, x.shape[3])}, {self.dtype} on {self.device}"
+                )
+        if valid is not None and (valid.shape != (want[0], want[2]) or valid.dtype != torch.bool):
+            raise ValueError(
+                f"valid has shape {tuple(valid.shape)} and dtype {valid.dtype}; "
+                f"it must be {(want[0], want[2])} and torch.bool"
+            )
+        if self._tracing():
+            if self.max_length is None:
+                raise ValueError("max_length=None cannot be compiled or captured; give a max_length")
+            if self.check_finite:
+                raise ValueError("check_finite=True reads the device and cannot be compiled")
+        elif self.check_finite:
+            for name, x in (("k", k), ("v", v)):
+                check_finite_tensor(name, x if valid is None else x.transpose(1, 2)[valid])
+
+    def _step(self, t: int, valid: Tensor | None) -> tuple[store.Step, Counts | None]:
+        """What storing t columns will do, with pages reserved; refuses what does not fit."""
+        spec, host = self.spec, None
+        window, unit = spec.sink_length + spec.residual_length, spec.unit
+        units = (t - 1) // unit + 1
+        if not self._tracing():
+            old, packed = self._mirror()
+            counts = [t] * self.batch_size if valid is None else valid.sum(1).tolist()
+            lengths = [n + c for n, c in zip(old, counts, strict=True)]
+            if self.max_length is not None and max(lengths) > self.max_length:
+                raise ValueError(
+                    f"k has {t} more tokens, which makes rows of {lengths} tokens; "
+                    f"max_length={self.max_length}"
+                )
+            due = [max(0, n - p - window) // unit for n, p in zip(lengths, packed, strict=True)]
+            units, host = max(due), (lengths, [p + u * unit for p, u in zip(packed, due, strict=True)])
+            if self._pages.reserve(host[1]):
+                self._write_table()
+        if valid is None:
+            position = self._length[:, None] + torch.arange(t, device=self.device)
+            length = self._length + t
+        else:
+            position = torch.where(valid, self._length[:, None] + valid.cumsum(1) - 1, -1)
+            length = self._length + valid.sum(1)
+        if host is None:
+            torch._assert_async((length <= self.max_length).all())
+        leaving = (length - self._packed - window).clamp_min(0) // unit * unit
+        return store.Step(position, length, self._packed + leaving, units), host
+
+    def _store(
+        self, k: Tensor, v: Tensor, valid: Tensor | None, step: store.Step, host: Counts | None
+    ) -> None:
+        """Store the columns; the counters, which make them count, change last."""
+        fresh = valid is None and self._is_empty()
+        store.store(self._view(), self.spec, k, v, step, fresh, self._ops.quantize_pack)
+        self._length.copy_(step.length)
+        self._packed.copy_(step.packed)
+        self._host = host

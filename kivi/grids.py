@@ -1,0 +1,95 @@
+"""Grids: how a group's scale and zero are found, and how codes are computed with them.
+
+A group's elements lie along one dimension. Scale and zero are stored in 16 bit, and codes are
+always computed with the *stored* values, so that rounding them costs no more than it must.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kivi.spec import Grid
+
+
+def metadata_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of scales and zeros: bfloat16 for bfloat16 tensors, else float16.
+
+    A 16-bit tensor's minimum is then stored without rounding, so a constant group is exact.
+    """
+    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float16
+
+
+def _store(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round to the stored dtype and back to float32; saturate instead of overflowing."""
+    top = torch.finfo(dtype).max
+    return x.clamp(-top, top).to(dtype).float()
+
+
+def _store_scale(scale: Tensor, spread: Tensor, dtype: torch.dtype) -> Tensor:
+    """A stored scale is 0 only for a constant group, else at least the least usable value."""
+    info = torch.finfo(dtype)
+    # Below float32's normal range GPUs may flush to zero, which would divide by zero.
+    least = max(info.smallest_normal * info.eps, torch.finfo(torch.float32).smallest_normal)
+    return torch.where(spread > 0, _store(scale, dtype).clamp_min(least), 0.0)
+
+
+def symmetric_offset(bits: int) -> float:
+    """The code that stands for 0 on a symmetric grid: `zero = -offset * scale`."""
+    return 0.5 if bits == 1 else float(2 ** (bits - 1))
+
+
+def fit(x: Tensor, valid: Tensor, bits: int, grid: Grid, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Scale and zero of groups.
+
+    Elements that are not finite or not valid take no part, so a NaN or an infinity never spreads
+    over its group: it saturates (NaN to the group's zero).
+
+    Args:
+        x: `[..., G]` float32, the group along the last dimension.
+        valid: bool, broadcastable to `x`.
+        bits: bits per code.
+        grid: "asymmetric": `scale = (max - min) / (2^b - 1)`, `zero = min` (KIVI, 2402.02750,
+            eq. 1). "symmetric": `scale = max|x| / (2^(b-1) - 1)`, zero derived. "least_squares":
+            asymmetric, then the scale and zero that minimise the squared error for its codes.
+        dtype: the dtype that they are stored in.
+
+    Returns:
+        `(scale, zero)` `[..., 1]` float32, exactly representable in `dtype` (a symmetric grid's
+        zero is a small multiple of its scale).
+    """
+    finite = valid & x.isfinite()
+    top = 2**bits - 1
+    if grid == "symmetric":
+        # One bit has no zero level: its two levels are -max|x| and +max|x|.
+        steps = 0.5 if bits == 1 else float(2 ** (bits - 1) - 1)
+        spread = torch.where(finite, x.abs(), 0.0).amax(-1, keepdim=True)
+        scale = _store_scale(spread / steps, spread, dtype)
+        return scale, -symmetric_offset(bits) * scale
+    low = torch.where(finite, x, torch.inf).amin(-1, keepdim=True)
+    high = torch.where(finite, x, -torch.inf).amax(-1, keepdim=True)
+    zero = _store(torch.where(low <= high, low, 0.0), dtype)
+    spread = torch.where(low <= high, high, 0.0) - zero
+    scale = _store_scale(spread / top, spread, dtype)
+    if grid == "least_squares":
+        codes = encode(x, scale, zero, bits)
+        weight = finite.float()
+        count = weight.sum(-1, keepdim=True).clamp_min(1.0)
+        y = torch.where(finite, x - zero, 0.0)
+        code_mean = (codes * weight).sum(-1, keepdim=True) / count
+        mean = y.sum(-1, keepdim=True) / count
+        centred = (codes - code_mean) * weight
+        variance = (centred * centred).sum(-1, keepdim=True)
+        slope = (centred * (y - mean)).sum(-1, keepdim=True) / variance.clamp_min(1e-9)
+        # Without two different codes, or past what 16 bit can hold, there is nothing to refit.
+        refit = (variance > 0) & (slope > 0) & (spread <= torch.finfo(dtype).max)
+        scale = torch.where(refit, _store_scale(slope, slope, dtype), scale)
+        zero = torch.where(refit, _store(zero + mean - slope * code_mean, dtype), zero)
+    return scale, zero
+
+
+def encode(x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    """Codes `round((x - zero) / scale)`, half to even, clamped to `[0, 2^b - 1]`; float32."""
+    codes = ((x - zero) / torch.where(scale > 0, scale, 1.0)).round()
+    codes = torch.where(codes.isnan() | (scale == 0), 0.0, codes)
+    return codes.clamp(0, 2**bits - 1)

@@ -1,0 +1,28 @@
+"""KIVI's axes exchanged: keys per-token, values per-channel (its ablation, Table 1)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kivi.quantizer import KVQuantizer
+from kivi.spec import Grid, KVSpec, QuantSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Crossed(KVQuantizer, name="crossed", paper="2402.02750"):
+    """Keys share a scale over G channels of a token, values over G tokens of a channel (Table 1).
+    """
+
+    bits: int = 2
+    key_bits: int | None = None
+    value_bits: int | None = None
+    group_size: int | None = 32
+    residual_length: int = 128
+    sink_length: int = 0
+    grid: Grid = "asymmetric"
+
+    def spec(self, layer_idx: int | None = None) -> KVSpec:
+        """See KVQuantizer.spec."""
+        key = QuantSpec(self.key_bits or self.bits, "token", self.group_size, self.grid)
+        value = QuantSpec(self.value_bits or self.bits, "channel", self.group_size, self.grid)
+        return KVSpec(key, value, self.residual_length, self.sink_length)

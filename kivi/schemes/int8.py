@@ -1,0 +1,23 @@
+"""Symmetric per-token int8, in the style of LLM.int8() (2208.07339, eq. 2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kivi.quantizer import KVQuantizer
+from kivi.spec import KVSpec, QuantSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Int8(KVQuantizer, name="int8", paper="2208.07339"):
+    """One absolute-maximum scale for each token and head, 8 bit, no window."""
+
+    bits: int = 8
+    group_size: int | None = None
+    residual_length: int = 0
+    sink_length: int = 0
+
+    def spec(self, layer_idx: int | None = None) -> KVSpec:
+        """See KVQuantizer.spec."""
+        both = QuantSpec(self.bits, "token", self.group_size, "symmetric")
+        return KVSpec(both, both, self.residual_length, self.sink_length)

@@ -1,0 +1,31 @@
+"""KIVI (2402.02750): keys per-channel, values per-token, the recent tokens exact."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kivi.quantizer import KVQuantizer
+from kivi.spec import Grid, KVSpec, QuantSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kivi(KVQuantizer, name="kivi", paper="2402.02750"):
+    """Tuning-free asymmetric quantization: section 3.2 and eq. 1 (grid), section 3.3 (axes, window).
+
+    Keys share a scale over G tokens of a channel, values over G channels of a token. The original
+    flushes its window a whole residual at a time; here at least R tokens stay exact, always.
+    """
+
+    bits: int = 2
+    key_bits: int | None = None
+    value_bits: int | None = None
+    group_size: int | None = 32
+    residual_length: int = 128
+    sink_length: int = 0
+    grid: Grid = "asymmetric"
+
+    def spec(self, layer_idx: int | None = None) -> KVSpec:
+        """See KVQuantizer.spec."""
+        key = QuantSpec(self.key_bits or self.bits, "channel", self.group_size, self.grid)
+        value = QuantSpec(self.value_bits or self.bits, "token", self.group_size, self.grid)
+        return KVSpec(key, value, self.residual_length, self.sink_length)

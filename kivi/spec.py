@@ -1,0 +1,135 @@
+"""What a scheme declares: frozen, validated and free of torch.
+
+Words used everywhere (units in brackets): `bits` per code, group size `G` [tokens or channels],
+page `P` = 512 [tokens], residual length `R` [tokens kept exact at the end], sink length `S`
+[tokens kept exact at the start].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+PAGE_TOKENS = 512
+"""Tokens in a page, whatever the bits, so that keys and values share one block table."""
+TILE_ROWS = 32
+"""Tokens in one plane of a word tile: the rows of a tile."""
+WORD_BITS = 16
+"""Bits in a packed word, and in a stored scale or zero."""
+
+BITS = (1, 2, 3, 4, 8)
+Axis = Literal["channel", "token"]
+Grid = Literal["asymmetric", "symmetric", "least_squares"]
+
+
+def check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    """Raise a ValueError that names the argument, its value and what is allowed."""
+    if value not in allowed or isinstance(value, bool):
+        choices = ", ".join(map(repr, allowed))
+        raise ValueError(f"{name}={value!r} is not allowed; choose from {choices}")
+
+
+def check_count(name: str, value: object, least: int = 0) -> None:
+    """Raise a ValueError unless `value` is an int of at least `least`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name}={value!r} is not allowed; it must be an integer >= {least}")
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """How one tensor `[B, Hkv, T, D]` is quantized and packed.
+
+    Args:
+        bits: bits per code, one of 1, 2, 3, 4, 8.
+        axis: `"channel"`: one scale for each channel and each group of G tokens (per-channel);
+            `"token"`: one scale for each token and each group of G channels (per-token).
+        group_size: G. Per-channel: 16, 32, 64, 128 tokens, or None for the whole page (512).
+            Per-token: 16 to 128 channels, or None for the whole head; a group never spans heads,
+            so a G above the head dimension means the whole head.
+        grid: how scale and zero are found: `"asymmetric"` min-max (KIVI, 2402.02750, eq. 1),
+            `"symmetric"` absolute maximum, `"least_squares"` min-max and one refit of scale and
+            zero to the codes.
+
+    Raises:
+        ValueError: for a value that is not in these lists.
+    """
+
+    bits: int
+    axis: Axis
+    group_size: int | None = 32
+    grid: Grid = "asymmetric"
+
+    def __post_init__(self) -> None:
+        check_choice("bits", self.bits, BITS)
+        check_choice("axis", self.axis, get_args(Axis))
+        check_choice("grid", self.grid, get_args(Grid))
+        if self.axis == "channel":
+            check_choice("group_size", self.group_size, (16, 32, 64, 128, None))
+        elif self.group_size is not None:
+            check_count("group_size", self.group_size, 16)
+            if self.group_size > 128:
+                raise ValueError(
+                    f"group_size={self.group_size} is not allowed; choose 16 to 128 or None (head)"
+                )
+
+    @property
+    def has_zero(self) -> bool:
+        """Whether a zero is stored beside each scale (a symmetric grid derives it)."""
+        return self.grid != "symmetric"
+
+    def group(self, head_dim: int) -> int:
+        """The group size in elements for a head dimension.
+
+        Raises:
+            ValueError: if per-token groups of this size do not divide `head_dim`.
+        """
+        if self.axis == "channel":
+            return self.group_size or PAGE_TOKENS
+        group = min(self.group_size or head_dim, head_dim)
+        if head_dim % group:
+            fits = [g for g in range(16, min(head_dim, 128) + 1) if head_dim % g == 0]
+            raise ValueError(
+                f"group_size={group} does not divide head_dim={head_dim}; "
+                f"choose from {fits or 'None'} or None for the whole head"
+            )
+        return group
+
+    def bits_per_element(self, head_dim: int) -> float:
+        """Bits stored for an element, 16-bit scales and zeros counted."""
+        return self.bits + WORD_BITS * (1 + self.has_zero) / self.group(head_dim)
+
+
+@dataclass(frozen=True)
+class KVSpec:
+    """How a layer's keys and values are kept.
+
+    Args:
+        key: the keys' QuantSpec, or None to keep them in the model's own dtype.
+        value: likewise for the values.
+        residual_length: R, the most recent tokens that always stay exact.
+        sink_length: S, the first tokens that always stay exact.
+
+    Raises:
+        ValueError: for a negative or non-integer length.
+    """
+
+    key: QuantSpec | None
+    value: QuantSpec | None
+    residual_length: int = 128
+    sink_length: int = 0
+
+    def __post_init__(self) -> None:
+        check_count("residual_length", self.residual_length)
+        check_count("sink_length", self.sink_length)
+
+    @property
+    def unit(self) -> int:
+        """Tokens that leave the exact window together: whole planes and whole key groups."""
+        groups = [s.group(0) for s in (self.key, self.value) if s is not None and s.axis == "channel"]
+        return max([TILE_ROWS, *groups])
+
+    def bits_per_element(self, head_dim: int, value_head_dim: int | None = None) -> float:
+        """Mean bits of a packed key or value element; 16 for what stays unquantized."""
+        pairs = ((self.key, head_dim), (self.value, value_head_dim or head_dim))
+        bits = [d * (s.bits_per_element(d) if s else WORD_BITS) for s, d in pairs]
+        return sum(bits) / sum(d for _, d in pairs)

@@ -1,0 +1,211 @@
+"""How tokens move through a layer's buffers: into exact slots, into pages and back. Tensors only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kivi.kernels.reference import CacheView, exact_positions, gather_pages
+from kivi.packing import units_per_tile
+from kivi.spec import PAGE_TOKENS, TILE_ROWS, KVSpec
+
+SLACK = TILE_ROWS
+"""Tokens that fit into the ring before a unit must have left it."""
+
+
+class Step(NamedTuple):
+    """What storing T columns does to the counters; computed before anything changes.
+
+    `position [B, T]` of each column in its row, -1 for padding; `length [B]` and `packed [B]`
+    afterwards; `units`: at most so many units leave the window of a row.
+    """
+
+    position: Tensor
+    length: Tensor
+    packed: Tensor
+    units: int
+
+
+def ring_slots(spec: KVSpec) -> int:
+    """W: room for R tokens, a unit that is not yet full, and SLACK new tokens."""
+    return spec.residual_length + spec.unit + SLACK
+
+
+def slots(spec: KVSpec, position: Tensor) -> Tensor:
+    """The exact slot of a position; the bin, S + W, for a negative one."""
+    sinks, ring = spec.sink_length, ring_slots(spec)
+    slot = torch.where(position < sinks, position, sinks + (position - sinks) % ring)
+    return torch.where(position < 0, sinks + ring, slot)
+
+
+def write_exact(view: CacheView, spec: KVSpec, k: Tensor, v: Tensor, position: Tensor) -> None:
+    """Put columns `[B, Hkv, T, D]` into the exact slots of their positions `[B, T]`."""
+    row = torch.arange(k.shape[0], device=k.device)[:, None]
+    slot = slots(spec, position)
+    view.exact_key[row, :, slot] = k.transpose(1, 2)
+    view.exact_value[row, :, slot] = v.transpose(1, 2)
+
+
+def pack_units(
+    view: CacheView,
+    spec: KVSpec,
+    sources: tuple[Tensor, Tensor],
+    first: Tensor,
+    due: Tensor,
+    quantize_pack: Callable[..., None],
+) -> None:
+    """Quantize and pack units of keys and values.
+
+    Args:
+        view: where to.
+        spec: how.
+        sources: keys and values, each `[B, Hkv, m, U, D]`.
+        first: `[B, m]` the units' first tokens, counted from the first packed token.
+        due: `[B, m]` bool; the other units go to the bin.
+        quantize_pack: the operator.
+    """
+    column = (first // PAGE_TOKENS).clamp_max(view.table.shape[1] - 1)
+    page = torch.where(due, view.table.gather(1, column), 0)
+    specs = (spec.key, spec.value)
+    for x, pages, one in zip(sources, (view.key, view.value), specs, strict=True):
+        unit = x.shape[3]
+        # Units that may fall into one word tile are written one call after the other.
+        stride = units_per_tile(one.bits, unit) if one else 1
+        for start in range(min(stride, x.shape[2])):
+            pick = slice(start, None, stride)
+            run = x[:, :, pick].transpose(1, 2).flatten(0, 1)
+            offset = (first[:, pick] % PAGE_TOKENS).flatten()
+            quantize_pack(pages, one, run, page[:, pick].flatten(), offset)
+
+
+def store(
+    view: CacheView,
+    spec: KVSpec,
+    k: Tensor,
+    v: Tensor,
+    step: Step,
+    fresh: bool,
+    quantize_pack: Callable[..., None],
+) -> None:
+    """Store T columns: units leave the window into pages, the new tokens enter it.
+
+    Up to SLACK columns must already lie in their exact slots (`write_exact`).
+
+    Args:
+        view: the state before; pages and exact slots are written, counters are not.
+        spec: how the layer is packed.
+        k: `[B, Hkv, T, D]`.
+        v: `[B, Hkv, T, Dv]`.
+        step: what to do.
+        fresh: the caller knows that the cache is empty and no column is padding.
+        quantize_pack: the operator.
+    """
+    t, unit, sinks = k.shape[2], spec.unit, spec.sink_length
+    units, done = step.units, 0
+    if units and fresh:
+        body = [x[:, :, sinks : sinks + units * unit] for x in (k, v)]
+        done = units * unit // PAGE_TOKENS
+        if done:
+            page = view.table[:, :done].flatten()
+            for x, pages, one in zip(body, (view.key, view.value), (spec.key, spec.value), strict=True):
+                run = x[:, :, : done * PAGE_TOKENS].unflatten(2, (done, PAGE_TOKENS))
+                quantize_pack(pages, one, run.transpose(1, 2).flatten(0, 1), page, page * 0)
+        body = [x[:, :, done * PAGE_TOKENS :] for x in body]
+        units -= done * PAGE_TOKENS // unit
+    elif units:
+        body = _leaving(view, spec, k, v, step)
+    if units:
+        first = torch.arange(units, device=k.device) * unit + done * PAGE_TOKENS
+        first = view.packed[:, None] + first
+        sources = (body[0].unflatten(2, (units, unit)), body[1].unflatten(2, (units, unit)))
+        pack_units(view, spec, sources, first, first < step.packed[:, None], quantize_pack)
+    if t > SLACK:
+        _enter(view, spec, k, v, step)
+
+
+def _columns(step: Step, rank: Tensor) -> Tensor:
+    """The column of each row's rank-th new token, `[B, n]`, in range whatever the rank."""
+    order = torch.argsort(step.position < 0, dim=1, stable=True)
+    return order.gather(1, rank.clamp(0, order.shape[1] - 1))
+
+
+def _leaving(view: CacheView, spec: KVSpec, k: Tensor, v: Tensor, step: Step) -> list[Tensor]:
+    """The tokens of the next `step.units` units of each row, `[B, Hkv, units * U, D]`."""
+    index = torch.arange(step.units * spec.unit, device=k.device)
+    position = spec.sink_length + view.packed[:, None] + index
+    row = torch.arange(k.shape[0], device=k.device)[:, None]
+    source = slots(spec, position)
+    if k.shape[2] > SLACK:
+        old = view.length[:, None]
+        new = view.exact_key.shape[2] + _columns(step, position - old)
+        source = torch.where(position < old, source, new)
+    body = []
+    for x, exact in ((k, view.exact_key), (v, view.exact_value)):
+        tokens = exact if k.shape[2] <= SLACK else torch.cat([exact, x], 2)
+        body.append(tokens[row, :, source].transpose(1, 2))
+    return body
+
+
+def _enter(view: CacheView, spec: KVSpec, k: Tensor, v: Tensor, step: Step) -> None:
+    """Put the most recent of many new tokens into the ring, and the first ones into sinks."""
+    row = torch.arange(k.shape[0], device=k.device)[:, None]
+    old = view.length[:, None]
+    count = step.length[:, None] - old
+    recent = count - torch.arange(min(k.shape[2], ring_slots(spec)), device=k.device) - 1
+    position = torch.where(recent >= 0, old + recent, -1)
+    places = [(recent, torch.where(position >= spec.sink_length, position, -1))]
+    if spec.sink_length:
+        early = torch.arange(min(k.shape[2], spec.sink_length), device=k.device) - old * 0
+        inside = (early < count) & (old + early < spec.sink_length)
+        places.append((early, torch.where(inside, old + early, -1)))
+    for rank, position in places:
+        column = _columns(step, rank)
+        new = (x[row, :, column].transpose(1, 2) for x in (k, v))
+        write_exact(view, spec, *new, position)
+
+
+def unpack_unit(view: CacheView, spec: KVSpec, packed: Tensor, length: Tensor, due: Tensor) -> None:
+    """Bring packed tokens back into the ring, dequantized.
+
+    Args:
+        view: the layer's state.
+        spec: how it is packed.
+        packed: `[B]` the first of them, a multiple of the unit, counted from the first packed token.
+        length: `[B]` tokens that the row keeps; less than a unit of them is not packed.
+        due: `[B]` bool, which rows.
+    """
+    row = torch.arange(packed.shape[0], device=packed.device)[:, None]
+    index = torch.arange(spec.unit, device=packed.device)
+    position = spec.sink_length + packed[:, None] + index
+    position = torch.where((position < length[:, None]) & due[:, None], position, -1)
+    column = (packed // PAGE_TOKENS).clamp_max(view.table.shape[1] - 1)[:, None]
+    page = view.table.gather(1, column)
+    dtype, new = view.exact_key.dtype, []
+    for pages, one in ((view.key, spec.key), (view.value, spec.value)):
+        dense = gather_pages(pages, one, page, dtype)
+        new.append(dense[row, :, packed[:, None] % PAGE_TOKENS + index].transpose(1, 2))
+    write_exact(view, spec, new[0], new[1], position)
+
+
+def dense(view: CacheView, spec: KVSpec, tokens: int) -> tuple[Tensor, Tensor]:
+    """Keys and values `[B, Hkv, tokens, D]`, left-aligned, zero past a row's end."""
+    sinks = spec.sink_length
+    position, visible = exact_positions(view, sinks)
+    index = torch.arange(view.table.shape[1] * PAGE_TOKENS, device=position.device)
+    inside = index < view.packed[:, None]
+    # One more slot takes all that is not part of a row.
+    target = torch.cat(
+        [torch.where(inside, sinks + index, tokens), torch.where(visible, position, tokens)], 1
+    )
+    row = torch.arange(target.shape[0], device=target.device)[:, None]
+    pairs = ((view.key, spec.key, view.exact_key), (view.value, spec.value, view.exact_value))
+    both = []
+    for pages, one, exact in pairs:
+        x = torch.cat([gather_pages(pages, one, view.table, exact.dtype), exact[:, :, :-1]], 2)
+        out = x.new_zeros(x.shape[0], x.shape[1], tokens + 1, x.shape[3])
+        out[row, :, target] = x.transpose(1, 2)
+        both.append(out[:, :, :tokens])
+    return both[0], both[1]
