@@ -389,7 +389,7 @@ class LayerCache:
             position = torch.where(valid, self._length[:, None] + valid.cumsum(1) - 1, -1)
             length = self._length + valid.sum(1)
         if host is None:
-            torch._assert_async((length <= self.max_length).all())
+            torch._assert_async((length <= self.max_length).all(), "more tokens than max_length")
         leaving = (length - self._packed - window).clamp_min(0) // unit * unit
         return store.Step(position, length, self._packed + leaving, units), host
 

@@ -21,15 +21,24 @@ def metadata_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _store(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round to the stored dtype and back to float32; saturate instead of overflowing."""
-    top = torch.finfo(dtype).max
-    return x.clamp(-top, top).to(dtype).float()
+    """Round float32 to what `dtype` can store, half to even; saturate instead of overflowing.
+
+    Spelled out because compilers keep a 16-bit intermediate in float32: codes would then be
+    computed with another scale than the one that is stored.
+    """
+    info = torch.finfo(dtype)
+    x = x.clamp(-info.max, info.max)
+    power = (x.view(torch.int32) & 0x7F800000).view(torch.float32)  # 2^floor(log2|x|)
+    # A subnormal step is fixed; below float32's normal range GPUs may flush to zero.
+    least = max(info.smallest_normal * info.eps, torch.finfo(torch.float32).smallest_normal)
+    step = (power * info.eps).clamp_min(least)
+    inverse = (0x7F000000 - step.view(torch.int32)).view(torch.float32)
+    return (x * inverse).round() * step
 
 
 def _store_scale(scale: Tensor, spread: Tensor, dtype: torch.dtype) -> Tensor:
     """A stored scale is 0 only for a constant group, else at least the least usable value."""
     info = torch.finfo(dtype)
-    # Below float32's normal range GPUs may flush to zero, which would divide by zero.
     least = max(info.smallest_normal * info.eps, torch.finfo(torch.float32).smallest_normal)
     return torch.where(spread > 0, _store(scale, dtype).clamp_min(least), 0.0)
 
@@ -64,13 +73,14 @@ def fit(x: Tensor, valid: Tensor, bits: int, grid: Grid, dtype: torch.dtype) -> 
         # One bit has no zero level: its two levels are -max|x| and +max|x|.
         steps = 0.5 if bits == 1 else float(2 ** (bits - 1) - 1)
         spread = torch.where(finite, x.abs(), 0.0).amax(-1, keepdim=True)
-        scale = _store_scale(spread / steps, spread, dtype)
+        scale = _store_scale(spread * (1.0 / steps), spread, dtype)
         return scale, -symmetric_offset(bits) * scale
     low = torch.where(finite, x, torch.inf).amin(-1, keepdim=True)
     high = torch.where(finite, x, -torch.inf).amax(-1, keepdim=True)
     zero = _store(torch.where(low <= high, low, 0.0), dtype)
     spread = torch.where(low <= high, high, 0.0) - zero
-    scale = _store_scale(spread / top, spread, dtype)
+    # Times the reciprocal, here and in encode: compilers turn a division into that anyway.
+    scale = _store_scale(spread * (1.0 / top), spread, dtype)
     if grid == "least_squares":
         codes = encode(x, scale, zero, bits)
         weight = finite.float()
@@ -90,6 +100,6 @@ def fit(x: Tensor, valid: Tensor, bits: int, grid: Grid, dtype: torch.dtype) -> 
 
 def encode(x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
     """Codes `round((x - zero) / scale)`, half to even, clamped to `[0, 2^b - 1]`; float32."""
-    codes = ((x - zero) / torch.where(scale > 0, scale, 1.0)).round()
+    codes = ((x - zero) * torch.where(scale > 0, scale, 1.0).reciprocal()).round()
     codes = torch.where(codes.isnan() | (scale == 0), 0.0, codes)
     return codes.clamp(0, 2**bits - 1)

@@ -1,0 +1,97 @@
+"""Schemes on the command line: the spec string, the presets and the table of all schemes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from kivi import KVQuantizer
+
+AXES = ("kivi", "per_token", "per_channel", "crossed")
+PRESETS: dict[str, tuple[str, ...]] = {
+    "default": (
+        "full_precision",
+        "int8",
+        "flexgen",
+        "kivi:bits=4",
+        "kivi",
+        "kivi:grid=least_squares",
+        "kivi_symmetric",
+        "per_channel",
+        "per_token",
+    ),
+    "paper-axes": tuple(f"{name}:bits={bits}" for bits in (4, 2) for name in AXES),
+    "bits": tuple(f"kivi:bits={bits}" for bits in (1, 2, 3, 4, 8)),
+    "group-size": tuple(f"kivi:group_size={size}" for size in (16, 32, 64, 128)),
+}
+WORDS = {"none": None, "true": True, "false": False}
+
+Value = int | float | bool | str | None
+
+
+def parse_scheme(text: str) -> KVQuantizer:
+    """The scheme that a spec string names: `"kivi"` or `"kivi:bits=2,group_size=64"`.
+
+    Values are integers, numbers, true, false, none, or else plain strings.
+
+    Raises:
+        ValueError: for a malformed string, and what `KVQuantizer.get` raises.
+    """
+    name, colon, rest = text.partition(":")
+    name = name.strip()
+    form = "write name or name:option=value,option=value"
+    if not name:
+        raise ValueError(f"scheme {text!r} has no name; {form}")
+    if colon and not rest.strip():
+        raise ValueError(f"scheme {text!r} has no options after the colon; {form}")
+    options: dict[str, Value] = {}
+    for item in rest.split(",") if colon else ():
+        option, equals, value = (part.strip() for part in item.partition("="))
+        if not (option and equals and value):
+            raise ValueError(f"scheme {text!r}: {item.strip()!r} is not option=value; {form}")
+        if option in options:
+            raise ValueError(f"scheme {text!r} gives the option {option!r} twice")
+        options[option] = parse_value(value)
+    return KVQuantizer.get(name, **options)
+
+
+def parse_value(text: str) -> Value:
+    """The value of an option, from its text."""
+    if text.lower() in WORDS:
+        return WORDS[text.lower()]
+    for number in (int, float):
+        try:
+            return number(text)
+        except ValueError:
+            continue
+    return text
+
+
+def choose_schemes(preset: str | None, texts: Sequence[str]) -> dict[str, KVQuantizer]:
+    """Schemes by label: of the preset, then those given; the default preset if there are none.
+
+    Raises:
+        ValueError: for an unknown preset, and what `parse_scheme` raises.
+    """
+    if preset is None and not texts:
+        preset = "default"
+    if preset is not None and preset not in PRESETS:
+        raise ValueError(f"preset={preset!r} is not allowed; choose from {', '.join(PRESETS)}")
+    labels = [*(PRESETS[preset] if preset else ()), *texts]
+    return {label: parse_scheme(label) for label in dict.fromkeys(labels)}
+
+
+def schemes_table(head_dim: int) -> Table:
+    """All schemes with their options, size and paper."""
+    table = Table(title=f"Schemes (bits per element at head dimension {head_dim})")
+    table.add_column("scheme", style="bold", no_wrap=True)
+    table.add_column("options = defaults")
+    table.add_column("bits/elem", justify="right", no_wrap=True)
+    table.add_column("paper", no_wrap=True)
+    for name in KVQuantizer.available():
+        scheme = KVQuantizer.get(name)
+        options = ", ".join(f"{k}={v}" for k, v in KVQuantizer.options(name).items())
+        paper = f"arXiv:{scheme.paper}" if scheme.paper else ""
+        table.add_row(name, options, f"{scheme.bits_per_element(head_dim):.2f}", paper)
+    return table
