@@ -22,7 +22,8 @@ def load_model(
     Raises:
         ValueError: if there is no such model, naming it.
     """
-    logging.disable_progress_bar()  # the caller shows its own
+    quiet: Any = logging
+    quiet.disable_progress_bar()  # the caller shows its own
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or "auto")
