@@ -1,4 +1,4 @@
-"""What the benchmarks share: medians, the copy bandwidth of this machine, and the record's header."""
+"""What the benchmarks share: medians, this machine's copy bandwidth, the record's header."""
 
 from __future__ import annotations
 

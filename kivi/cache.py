@@ -16,9 +16,9 @@ from torch import Tensor
 
 from kivi import store
 from kivi.attention import Impl, get_ops
+from kivi.checks import DTYPES, check_finite_tensor, check_new_tokens, check_query
 from kivi.kernels.reference import CacheView
 from kivi.pages import PagePool, PageTable, page_count
-from kivi.quantize import DTYPES, check_finite_tensor, check_tensor
 from kivi.spec import KVSpec, check_choice, check_count
 
 Counts = tuple[list[int], list[int]]
@@ -83,9 +83,8 @@ class LayerCache:
         columns = None
         if max_length is not None:
             columns = max(1, page_count(max_length - spec.sink_length - spec.residual_length))
-        pool = PagePool(
-            spec, num_kv_heads, head_dim, value_head_dim, dtype, self.device, batch_size * (columns or 0)
-        )
+        count = batch_size * (columns or 0)
+        pool = PagePool(spec, num_kv_heads, head_dim, value_head_dim, dtype, self.device, count)
         self._pages = PageTable(pool, batch_size, columns)
         self._table = self._pages.tensor(self.device)
         slots = spec.sink_length + store.ring_slots(spec) + 1
@@ -95,6 +94,7 @@ class LayerCache:
         self._length = torch.zeros(batch_size, dtype=torch.int64, device=self.device)
         self._packed = self._length.clone()
         self._host: Counts | None = ([0] * batch_size, [0] * batch_size)
+        self._captured = False
         if max_length is not None:
             for tensor in (*self._view()[2:], *pool.key, *pool.value):
                 if tensor is not None:
@@ -121,7 +121,7 @@ class LayerCache:
         return CacheBytes(pool.nbytes + own, len(pages) * pool.page_nbytes + exact + counters)
 
     def dequantize(self) -> tuple[Tensor, Tensor]:
-        """Dense keys and values `[B, Hkv, max(lengths), D]`, left-aligned, zero past a row's end."""
+        """Dense keys and values `[B, Hkv, max(lengths), D]`, left-aligned, 0 past a row's end."""
         return store.dense(self._view(), self.spec, max(self.lengths()))
 
     # ---------------------------------------------------------------- writing
@@ -192,18 +192,8 @@ class LayerCache:
             ValueError: as `prefill`, and for a q that does not fit k.
         """
         self._check(k, v, valid)
+        check_query(q, k, mask, s_aux)
         b, _, t, d = k.shape
-        fits = q.dim() == 4 and q.shape[0] == b and q.shape[2:] == (t, d)
-        if not fits or q.shape[1] % self.num_kv_heads or q.dtype != self.dtype:
-            raise ValueError(
-                f"q has shape {tuple(q.shape)} and dtype {q.dtype}; it must be "
-                f"[{b}, a multiple of {self.num_kv_heads}, {t}, {d}] and {self.dtype}"
-            )
-        if mask is not None and (mask.shape[1:] != (1, t, t) or mask.dtype != torch.bool):
-            raise ValueError(
-                f"mask has shape {tuple(mask.shape)} and dtype {mask.dtype}; "
-                f"it must be [{b} or 1, 1, {t}, {t}] and torch.bool"
-            )
         if t == 0:
             return q.new_empty(b, q.shape[1], 0, self.value_head_dim)
         scale = d**-0.5 if scale is None else scale
@@ -289,10 +279,11 @@ class LayerCache:
             raise ValueError(f"tokens={tokens} is not allowed; the rows hold {lengths} tokens")
         sinks, unit = self.spec.sink_length, self.spec.unit
         kept = [n - tokens for n in lengths]
-        target = [min(p, max(0, n - sinks) // unit * unit) for n, p in zip(kept, packed, strict=True)]
+        whole = [max(0, n - sinks) // unit * unit for n in kept]
+        target = [min(pair) for pair in zip(whole, packed, strict=True)]
         if target != packed:
-            due = torch.tensor([a < b for a, b in zip(target, packed, strict=True)], device=self.device)
             counts = torch.tensor([target, kept], device=self.device)
+            due = counts[0] < self._packed
             store.unpack_unit(self._view(), self.spec, counts[0], counts[1], due)
         self._forget(kept, target)
 
@@ -303,7 +294,7 @@ class LayerCache:
         self._forget(nothing, nothing)
 
     def _forget(self, lengths: list[int], packed: list[int]) -> None:
-        """Set the counters to what is kept, and make every page still to be written the row's own."""
+        """Set the counters to what is kept; pages still to be written become the rows' own."""
         self._pages.rebuild(list(range(self.batch_size)), packed)
         self._length.copy_(torch.tensor(lengths))
         self._packed.copy_(torch.tensor(packed))
@@ -320,8 +311,8 @@ class LayerCache:
         return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
     def _mirror(self) -> Counts:
-        """Lengths and packed lengths on the host; read from the device after traced steps."""
-        if self._host is None:
+        """Lengths and packed lengths on the host; from the device after steps it did not see."""
+        if self._host is None or self._captured:
             lengths, packed = torch.stack([self._length, self._packed]).tolist()
             self._host = (lengths, packed)
         return self._host
@@ -341,23 +332,10 @@ class LayerCache:
             self._table = table
 
     def _check(self, k: Tensor, v: Tensor, valid: Tensor | None) -> None:
-        check_tensor("k", k, self.head_dim)
-        check_tensor("v", v, self.value_head_dim)
-        want = (self.batch_size, self.num_kv_heads, k.shape[2])
-        for name, x in (("k", k), ("v", v)):
-            if x.shape[:3] != want or x.dtype != self.dtype or x.device.type != self.device.type:
-                raise ValueError(
-                    f"{name} has shape {tuple(x.shape)}, dtype {x.dtype} and device {x.device}; it "
-                    f"must be {(*want, x.shape[3])}, {self.dtype} on {self.device}"
-                )
-        if valid is not None and (valid.shape != (want[0], want[2]) or valid.dtype != torch.bool):
-            raise ValueError(
-                f"valid has shape {tuple(valid.shape)} and dtype {valid.dtype}; "
-                f"it must be {(want[0], want[2])} and torch.bool"
-            )
+        check_new_tokens(k, v, valid, (self._exact_key, self._exact_value))
         if self._tracing():
             if self.max_length is None:
-                raise ValueError("max_length=None cannot be compiled or captured; give a max_length")
+                raise ValueError("max_length=None cannot be compiled; give a max_length")
             if self.check_finite:
                 raise ValueError("check_finite=True reads the device and cannot be compiled")
         elif self.check_finite:
@@ -379,19 +357,15 @@ class LayerCache:
                     f"max_length={self.max_length}"
                 )
             due = [max(0, n - p - window) // unit for n, p in zip(lengths, packed, strict=True)]
-            units, host = max(due), (lengths, [p + u * unit for p, u in zip(packed, due, strict=True)])
-            if self._pages.reserve(host[1]):
+            after = [p + u * unit for p, u in zip(packed, due, strict=True)]
+            units, host = max(due), (lengths, after)
+            if self._pages.reserve(after):
                 self._write_table()
-        if valid is None:
-            position = self._length[:, None] + torch.arange(t, device=self.device)
-            length = self._length + t
-        else:
-            position = torch.where(valid, self._length[:, None] + valid.cumsum(1) - 1, -1)
-            length = self._length + valid.sum(1)
-        if host is None:
-            torch._assert_async((length <= self.max_length).all(), "more tokens than max_length")
-        leaving = (length - self._packed - window).clamp_min(0) // unit * unit
-        return store.Step(position, length, self._packed + leaving, units), host
+        step = store.plan(self._view(), spec, t, valid, units)
+        if host is None and self.max_length is not None:
+            inside = (step.length <= self.max_length).all()
+            torch._assert_async(inside, "more tokens than max_length")
+        return step, host
 
     def _store(
         self, k: Tensor, v: Tensor, valid: Tensor | None, step: store.Step, host: Counts | None
@@ -402,3 +376,5 @@ class LayerCache:
         self._length.copy_(step.length)
         self._packed.copy_(step.packed)
         self._host = host
+        if host is None and not torch.compiler.is_compiling():
+            self._captured = True  # replays of a CUDA graph pass the host by

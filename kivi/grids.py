@@ -48,7 +48,9 @@ def symmetric_offset(bits: int) -> float:
     return 0.5 if bits == 1 else float(2 ** (bits - 1))
 
 
-def fit(x: Tensor, valid: Tensor, bits: int, grid: Grid, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def fit(
+    x: Tensor, valid: Tensor, bits: int, grid: Grid, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """Scale and zero of groups.
 
     Elements that are not finite or not valid take no part, so a NaN or an infinity never spreads

@@ -40,7 +40,16 @@ Schemes = str | KVQuantizer | Sequence[KVQuantizer] | Mapping[int | str, KVQuant
 
 _METADATA = {
     getattr(Tensor, name).__get__
-    for name in ("shape", "dtype", "device", "ndim", "is_cuda", "requires_grad", "layout", "is_meta")
+    for name in (
+        "shape",
+        "dtype",
+        "device",
+        "ndim",
+        "is_cuda",
+        "requires_grad",
+        "layout",
+        "is_meta",
+    )
 } | {Tensor.size, Tensor.dim, Tensor.numel, Tensor.__len__, Tensor.__hash__}
 
 
@@ -372,7 +381,9 @@ class KVCache(Cache):  # type: ignore[misc]
     ) -> None:
         config = model.config.get_text_config(decoder=True)
         if model.config.is_encoder_decoder:
-            raise ValueError(f"model={type(model).__name__} is an encoder-decoder; only decoders are")
+            raise ValueError(
+                f"model={type(model).__name__} is an encoder-decoder; only decoders are"
+            )
         if max_length is not None:
             check_count("max_length", max_length, 1)
             plain = StaticCache(config=config, max_cache_len=max_length).layers
@@ -381,7 +392,9 @@ class KVCache(Cache):  # type: ignore[misc]
         chunked = [t == "chunked_attention" for t in getattr(config, "layer_types", None) or []]
         masks, layers, foreign = _Masks(), [], set()
         for i, kind in enumerate(kinds):
-            if type(kind) in (DynamicLayer, DynamicSlidingWindowLayer) and not (chunked and chunked[i]):
+            if type(kind) in (DynamicLayer, DynamicSlidingWindowLayer) and not (
+                chunked and chunked[i]
+            ):
                 window = getattr(kind, "sliding_window", None)
                 spec = schemes[i].spec(i)
                 layers.append(PackedLayer(spec, window, max_length, impl, check_finite, masks))
@@ -390,7 +403,8 @@ class KVCache(Cache):  # type: ignore[misc]
                 layers.append(kind if max_length is None else plain[i])
         if foreign - {"DummyLayer"}:
             warnings.warn(
-                f"layers of these kinds keep transformers' own cache: {sorted(foreign)}", stacklevel=2
+                f"layers of these kinds keep transformers' own cache: {sorted(foreign)}",
+                stacklevel=2,
             )
         self.schemes = schemes
         if model._can_set_attn_implementation():
@@ -427,7 +441,9 @@ class KVCache(Cache):  # type: ignore[misc]
             ValueError: if this cache is not empty, or `cache` has another number of layers.
         """
         if len(cache.layers) != len(self.layers) or any(bool(x.seen) for x in self.packed_layers):
-            raise ValueError(f"cache={cache!r} must have {len(self.layers)} layers, and self be empty")
+            raise ValueError(
+                f"cache={cache!r} must have {len(self.layers)} layers, and self be empty"
+            )
         for layer, source in zip(self.layers, cache.layers, strict=True):
             if isinstance(layer, PackedLayer):
                 if not layer.is_initialized:

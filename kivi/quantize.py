@@ -9,11 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kivi.checks import check_finite_tensor, check_tensor
 from kivi.grids import encode, fit, metadata_dtype, symmetric_offset
 from kivi.packing import insert, pack_unit, unpack
 from kivi.spec import PAGE_TOKENS, TILE_ROWS, QuantSpec
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class Pages(NamedTuple):
@@ -166,24 +165,6 @@ class PackedTensor:
     def nbytes(self) -> int:
         """Bytes allocated, whole pages counted."""
         return self.pages.nbytes
-
-
-def check_tensor(name: str, x: Tensor, head_dim: int | None = None) -> None:
-    """Raise a ValueError unless `x` is a `[B, Hkv, T, D]` float16/bfloat16/float32 tensor."""
-    if not isinstance(x, Tensor) or x.dim() != 4:
-        shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"{name} has shape {shape}; it must be a tensor [B, Hkv, T, D]")
-    if x.dtype not in DTYPES:
-        raise ValueError(f"{name}.dtype={x.dtype} is not allowed; choose from {DTYPES}")
-    if head_dim is not None and x.shape[3] != head_dim:
-        raise ValueError(f"{name} has head dimension {x.shape[3]}; it must be {head_dim}")
-
-
-def check_finite_tensor(name: str, x: Tensor) -> None:
-    """Raise a ValueError if `x` has a NaN or an infinity (this reads the device)."""
-    bad = int(x.numel() - x.isfinite().sum())
-    if bad:
-        raise ValueError(f"{name} has {bad} NaN or infinite elements of {x.numel()}; none is allowed")
 
 
 def quantize(

@@ -125,7 +125,9 @@ class KVSpec:
     @property
     def unit(self) -> int:
         """Tokens that leave the exact window together: whole planes and whole key groups."""
-        groups = [s.group(0) for s in (self.key, self.value) if s is not None and s.axis == "channel"]
+        groups = [
+            s.group(0) for s in (self.key, self.value) if s is not None and s.axis == "channel"
+        ]
         return max([TILE_ROWS, *groups])
 
     def bits_per_element(self, head_dim: int, value_head_dim: int | None = None) -> float:

@@ -41,6 +41,19 @@ def slots(spec: KVSpec, position: Tensor) -> Tensor:
     return torch.where(position < 0, sinks + ring, slot)
 
 
+def plan(view: CacheView, spec: KVSpec, t: int, valid: Tensor | None, units: int) -> Step:
+    """The step that stores t columns, those of `valid [B, t]` only; at most `units` units leave."""
+    if valid is None:
+        position = view.length[:, None] + torch.arange(t, device=view.length.device)
+        length = view.length + t
+    else:
+        position = torch.where(valid, view.length[:, None] + valid.cumsum(1) - 1, -1)
+        length = view.length + valid.sum(1)
+    window = length - view.packed - spec.sink_length - spec.residual_length
+    leaving = window.clamp_min(0) // spec.unit * spec.unit
+    return Step(position, length, view.packed + leaving, units)
+
+
 def write_exact(view: CacheView, spec: KVSpec, k: Tensor, v: Tensor, position: Tensor) -> None:
     """Put columns `[B, Hkv, T, D]` into the exact slots of their positions `[B, T]`."""
     row = torch.arange(k.shape[0], device=k.device)[:, None]
@@ -110,7 +123,9 @@ def store(
         done = units * unit // PAGE_TOKENS
         if done:
             page = view.table[:, :done].flatten()
-            for x, pages, one in zip(body, (view.key, view.value), (spec.key, spec.value), strict=True):
+            for x, pages, one in zip(
+                body, (view.key, view.value), (spec.key, spec.value), strict=True
+            ):
                 run = x[:, :, : done * PAGE_TOKENS].unflatten(2, (done, PAGE_TOKENS))
                 quantize_pack(pages, one, run.transpose(1, 2).flatten(0, 1), page, page * 0)
         body = [x[:, :, done * PAGE_TOKENS :] for x in body]
@@ -163,8 +178,8 @@ def _enter(view: CacheView, spec: KVSpec, k: Tensor, v: Tensor, step: Step) -> N
         places.append((early, torch.where(inside, old + early, -1)))
     for rank, position in places:
         column = _columns(step, rank)
-        new = (x[row, :, column].transpose(1, 2) for x in (k, v))
-        write_exact(view, spec, *new, position)
+        new_k, new_v = (x[row, :, column].transpose(1, 2) for x in (k, v))
+        write_exact(view, spec, new_k, new_v, position)
 
 
 def unpack_unit(view: CacheView, spec: KVSpec, packed: Tensor, length: Tensor, due: Tensor) -> None:

@@ -17,6 +17,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "kivi"
 # Bottom up. A module imports only from lower layers, or from its own as long as there is no cycle.
 LAYERS = (
     ("kivi.spec",),
+    ("kivi.checks",),
     ("kivi.packing",),
     ("kivi.grids", "kivi.transforms"),
     ("kivi.quantize",),

@@ -71,9 +71,10 @@ def gather_pages(pages: Pages, spec: QuantSpec | None, table: Tensor, dtype: tor
     """Dense tokens `[B, Hkv, n * 512, D]` of the pages in `table [B, n]`."""
     b, n = table.shape
     index = table.reshape(-1)
-    taken = Pages(*(None if t is None else t[index] for t in pages))  # type: ignore[arg-type]
+    scale, zero = (None if x is None else x[index] for x in (pages.scale, pages.zero))
+    taken = Pages(pages.words[index], scale, zero)
     dense = dequantize_pages(taken, spec, dtype)
-    return dense.unflatten(0, (b, n)).transpose(1, 2).flatten(2, 3)
+    return dense.view(b, n, *dense.shape[1:]).transpose(1, 2).flatten(2, 3)
 
 
 def partial_attention(
@@ -130,7 +131,7 @@ def merge(parts: list[tuple[Tensor, Tensor]], s_aux: Tensor | None = None) -> tu
 
 
 def _within(position: Tensor, query: Tensor, sliding_window: int | None) -> Tensor:
-    """Which keys `[B, N]` lie at or before each query `[B, T]`, within the window: `[B, 1, T, N]`."""
+    """Which keys `[B, N]` lie at or before queries `[B, T]` and in the window, `[B, 1, T, N]`."""
     distance = query[:, :, None] - position[:, None, :]
     near = distance >= 0
     if sliding_window is not None:
@@ -238,7 +239,8 @@ def extend_attention(
     """
     b, hq, t, _ = q.shape
     windowed = sliding_window is not None and t > sliding_window
-    if view is None and not windowed and valid is mask is softcap is s_aux is None:
+    plain = valid is None and mask is None and softcap is None and s_aux is None
+    if view is None and plain and not windowed:
         gqa = k.shape[1] != hq
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
         return out, None

@@ -10,8 +10,7 @@ from kivi.spec import Grid, KVSpec, QuantSpec
 
 @dataclass(frozen=True, kw_only=True)
 class KiviSymmetric(KVQuantizer, name="kivi_symmetric", paper="2402.02750"):
-    """An ablation of KIVI's asymmetric grid (2402.02750, eq. 1): keys without a zero.
-    """
+    """An ablation of KIVI's asymmetric grid (2402.02750, eq. 1): keys without a zero."""
 
     bits: int = 2
     key_bits: int | None = None

@@ -10,8 +10,7 @@ from kivi.spec import Grid, KVSpec, QuantSpec
 
 @dataclass(frozen=True, kw_only=True)
 class PerChannel(KVQuantizer, name="per_channel", paper="2402.02750"):
-    """Keys and values share a scale over G tokens of a channel (2402.02750, Table 1).
-    """
+    """Keys and values share a scale over G tokens of a channel (2402.02750, Table 1)."""
 
     bits: int = 2
     key_bits: int | None = None

@@ -10,8 +10,7 @@ from kivi.spec import Grid, KVSpec, QuantSpec
 
 @dataclass(frozen=True, kw_only=True)
 class PerToken(KVQuantizer, name="per_token", paper="2402.02750"):
-    """Keys and values share a scale over G channels of a token (2402.02750, Table 1).
-    """
+    """Keys and values share a scale over G channels of a token (2402.02750, Table 1)."""
 
     bits: int = 2
     key_bits: int | None = None
