@@ -21,7 +21,7 @@ def median_ms(run: Callable[[], object]) -> float:
     if DEVICE == "cuda":
         from triton.testing import do_bench
 
-        return float(do_bench(run, warmup=50, rep=200, return_mode="median"))
+        return float(do_bench(run, warmup=20, rep=60, return_mode="median"))
     run()
     return Timer("run()", globals={"run": run}).blocked_autorange(min_run_time=0.5).median * 1e3
 
