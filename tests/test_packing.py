@@ -12,6 +12,15 @@ from kivi.spec import BITS, PAGE_TOKENS
 
 RUNS = (32, 64, 128, 256, 512)
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Small operations: a thread pool costs more than it brings."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 
 def noise(pages: int, heads: int, bits: int, channels: int) -> torch.Tensor:
     """Pages of words with every bit random, the sign bit as well."""

@@ -102,11 +102,13 @@ def partial_attention(
         scores = softcap * torch.tanh(scores / softcap)
     scores = torch.where(allow.unsqueeze(2), scores, NOTHING)
     top = scores.amax(-1, keepdim=True)
-    p = torch.where(allow.unsqueeze(2), torch.exp(scores - top), 0.0)
+    p = torch.exp(scores - top)
     total = p.sum(-1, keepdim=True)
-    out = (p / total.clamp_min(1e-30)).flatten(2, 3) @ v.float()
-    lse = torch.where(total > 0, top + torch.log(total.clamp_min(1e-30)), NOTHING)
-    return out.view(b, hq, t, -1), lse.reshape(b, hq, t)
+    # Where a query sees nothing, p is 1 everywhere and means nothing.
+    sees = (top > NOTHING).view(b, hq, t, 1)
+    out = (p.flatten(2, 3) @ v.float()).view(b, hq, t, -1) / total.view(b, hq, t, 1)
+    lse = (top + torch.log(total)).view(b, hq, t)
+    return torch.where(sees, out, 0.0), torch.where(sees.squeeze(-1), lse, NOTHING)
 
 
 def merge(parts: list[tuple[Tensor, Tensor]], s_aux: Tensor | None = None) -> tuple[Tensor, Tensor]:
