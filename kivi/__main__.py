@@ -71,7 +71,7 @@ def ablate(
     impl: Impl = "auto",
     tokens: Annotated[
         int, typer.Option(help="Tokens to evaluate, rounded up to sequences.")
-    ] = 6144,
+    ] = 4608,
     context: Annotated[int, typer.Option(help="Tokens in the cache at a sequence's end.")] = 1536,
     prefill: Annotated[
         int | None, typer.Option(help="Tokens of exact prefill.", show_default="half the context")
@@ -86,7 +86,7 @@ def ablate(
     passkey_depth: Annotated[
         list[float], typer.Option(help="Place of the key, 0 (start) to 1 (end). Repeat for more.")
     ] = [0.0, 0.25, 0.5, 0.75, 1.0],  # noqa: B006
-    passkey_samples: Annotated[int, typer.Option(help="Keys for each length and depth.")] = 4,
+    passkey_samples: Annotated[int, typer.Option(help="Keys for each length and depth.")] = 3,
 ) -> None:
     """Compare schemes on a model: perplexity, KL, top-1, passkey recall, bytes.
 

@@ -249,7 +249,8 @@ class LayerCache:
     def fork(self) -> LayerCache:
         """A cache that continues from here on its own; full pages are stored once for both.
 
-        Forking a cache with `max_length` may move its pool: capture CUDA graphs after it.
+        Forking a cache with `max_length`, or giving it more rows, makes room for all of both and so
+        may move the pool: capture CUDA graphs after it.
         """
         lengths, packed = self._mirror()
         child = copy.copy(self)

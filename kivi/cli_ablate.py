@@ -33,7 +33,7 @@ from kivi.evals.report import Settings, write_report
 from kivi.evals.rows import COLUMNS, cells, make_row
 from kivi.hf import KVCache
 
-ATTENTION_TEXTS = 2
+ATTENTION_TEXTS = 1
 """Texts whose attention is compared; each adds its queries, keys and values to memory."""
 WIDE = 112
 """Characters that the table needs with all columns."""
@@ -53,7 +53,7 @@ class AblateOptions:
     device: str = "auto"
     dtype: str = "auto"
     impl: str = "auto"
-    tokens: int = 6144
+    tokens: int = 4608
     context: int = 1536
     prefill: int | None = None
     chunk: int = 32
@@ -62,7 +62,7 @@ class AblateOptions:
     passkey: bool = True
     passkey_lengths: tuple[int, ...] = (1024, 2048)
     passkey_depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
-    passkey_samples: int = 4
+    passkey_samples: int = 3
 
     def resolved(self) -> AblateOptions:
         """With every default filled in.

@@ -49,7 +49,9 @@ class LoadedModel:
             text = source.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"text={str(source)!r} can't be read: {error}") from error
-        return torch.tensor(self.encode(text)), EMBEDDED if path is None else source.name
+        return torch.tensor(
+            self.encode(text)
+        ), "embedded held-out text" if path is None else source.name
 
 
 def open_model(source: str, device: str, dtype: str) -> LoadedModel:

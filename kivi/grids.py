@@ -101,7 +101,13 @@ def fit(
 
 
 def encode(x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
-    """Codes `round((x - zero) / scale)`, half to even, clamped to `[0, 2^b - 1]`; float32."""
-    codes = ((x - zero) * torch.where(scale > 0, scale, 1.0).reciprocal()).round()
+    """Codes `round((x - zero) / scale)`, half down, clamped to `[0, 2^b - 1]`; float32.
+
+    16-bit tensors have many elements halfway between two codes. GPUs and compilers differ in the
+    last bits of a quotient, so the reciprocal is taken a little too small: every implementation
+    then rounds those elements down, and codes are the same everywhere.
+    """
+    inverse = torch.where(scale > 0, scale, 1.0).reciprocal() * (1 - 2**-21)
+    codes = ((x - zero) * inverse).round()
     codes = torch.where(codes.isnan() | (scale == 0), 0.0, codes)
     return codes.clamp(0, 2**bits - 1)

@@ -38,6 +38,8 @@ class PagePool:
         self.key = empty_pages(spec.key, pages + 1, num_kv_heads, head_dim, dtype, device)
         self.value = empty_pages(spec.value, pages + 1, num_kv_heads, value_head_dim, dtype, device)
         self.references = [1] + [0] * pages
+        # Pages that caches with a max_length may need at once, if they share nothing.
+        self.promised = 0
 
     @property
     def page_nbytes(self) -> int:
@@ -53,7 +55,8 @@ class PagePool:
         """Take pages that nobody refers to; the pool grows where there are too few."""
         free = [p for p, n in enumerate(self.references) if n == 0] if count else []
         if count > len(free):
-            free += self.grow(count - len(free))
+            # A quarter more at a time: copying what is there then costs O(1) per page.
+            free += self.grow(max(count - len(free), len(self.references) // 4))
         for page in free[:count]:
             self.references[page] = 1
         return free[:count]
@@ -70,10 +73,8 @@ class PagePool:
                 tensor[target] = tensor[source]
 
     def grow(self, count: int) -> list[int]:
-        """Add at least `count` pages and return the new ones."""
-        # A quarter more at a time: copying what is there then costs O(1) per page.
+        """Add `count` pages and return them."""
         old = len(self.references)
-        count = max(count, old // 4)
 
         def grown(pages: Pages) -> Pages:
             def more(t: torch.Tensor) -> torch.Tensor:
@@ -100,10 +101,12 @@ class PageTable:
     def __init__(self, pool: PagePool, batch_size: int, columns: int | None) -> None:
         self.pool, self.columns = pool, columns
         self.rows = [pool.take(columns or 0) for _ in range(batch_size)]
+        pool.promised += batch_size * (columns or 0)
 
     def __del__(self) -> None:
         for row in getattr(self, "rows", []):
             self.pool.drop(row)
+            self.pool.promised -= self.columns or 0
 
     def reserve(self, tokens: list[int]) -> bool:
         """Make room for so many packed tokens in each row; whether a page was added."""
@@ -128,6 +131,12 @@ class PageTable:
             This table, or the new one if `fork`.
         """
         pool = self.pool
+        # What has static addresses must never move later: room for all of it is made here.
+        promised = pool.promised + (len(sources) - (not fork) * len(self.rows)) * (
+            self.columns or 0
+        )
+        if promised >= len(pool.references):
+            pool.grow(promised + 1 - len(pool.references))
         references = list(pool.references)
         rows, wanted, claimed = [], [], set()
         for r, n in zip(sources, tokens, strict=True):
@@ -149,7 +158,7 @@ class PageTable:
                 references[page] -= 1
         free = [p for p in range(len(references) - 1, 0, -1) if references[p] == 0]
         if len(wanted) > len(free):
-            free = pool.grow(len(wanted) - len(free)) + free
+            free = pool.grow(max(len(wanted) - len(free), len(references) // 4)) + free
             references += [0] * (len(pool.references) - len(references))
         copies = []
         for row, i, page, written in wanted:
@@ -159,6 +168,7 @@ class PageTable:
                 copies.append((page, row[i]))
         pool.copy([a for a, _ in copies], [b for _, b in copies])
         pool.references[:] = references
+        pool.promised = promised
         table = copy.copy(self) if fork else self
         table.rows = rows
         return table

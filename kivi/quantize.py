@@ -132,7 +132,7 @@ def quantize_pack(
 
 
 def dequantize_pages(pages: Pages, spec: QuantSpec | None, dtype: torch.dtype) -> Tensor:
-    """All tokens of the pages, `[N, Hkv, 512, D]` in `dtype`; computed in float32."""
+    """All tokens of the pages, `[N, Hkv, 512, D]` in `dtype`; computed in float32, saturated."""
     if spec is None:
         return pages.words.to(dtype)
     codes = unpack(pages.words, spec.bits).float()
@@ -146,7 +146,9 @@ def dequantize_pages(pages: Pages, spec: QuantSpec | None, dtype: torch.dtype) -
     else:
         grouped = codes.unflatten(-1, (-1, group))
         x = torch.addcmul(zero.unsqueeze(-1), grouped, scale.unsqueeze(-1)).flatten(-2, -1)
-    return x.to(dtype)
+    # Half a step above the largest element a sum can leave float16's range.
+    top = torch.finfo(dtype).max
+    return x.clamp(-top, top).to(dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,6 +169,7 @@ class PackedTensor:
         return self.pages.nbytes
 
 
+@torch.no_grad()
 def quantize(
     x: Tensor, spec: QuantSpec | None, *, name: str = "x", check_finite: bool = False
 ) -> PackedTensor:

@@ -24,7 +24,7 @@ Grid = Literal["asymmetric", "symmetric", "least_squares"]
 
 def check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
     """Raise a ValueError that names the argument, its value and what is allowed."""
-    if value not in allowed or isinstance(value, bool):
+    if not any(type(value) is type(a) and value == a for a in allowed):
         choices = ", ".join(map(repr, allowed))
         raise ValueError(f"{name}={value!r} is not allowed; choose from {choices}")
 

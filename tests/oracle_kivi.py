@@ -86,6 +86,26 @@ def encode(
     return Grouped(low, high, scale, zero)
 
 
+def published(
+    x: np.ndarray, bits: int, axis: str, group: int, dtype: torch.dtype
+) -> tuple[np.ndarray, np.ndarray]:
+    """What eq. 1 makes of one head `[T, D]`: dequantized values `[n, T, D]`, and each one's step.
+
+    The n outcomes differ only where a scale or a code falls on a rounding tie.
+    """
+    index = groups(*x.shape, axis, group)
+    zero = round16(np.array([x[i].min() for i in index]), dtype)
+    top = np.array([x[i].max() for i in index])
+    exact = np.maximum(top - zero, 0.0) / (2**bits - 1)
+    outcomes = []
+    for side in (-FLOAT32, FLOAT32):
+        scale = round16(exact * (1 + side), dtype)
+        codes = encode(x, bits, axis, group, scale, zero)
+        outcomes += [decode(c, axis, group, scale, zero) for c in (codes.low, codes.high)]
+    step = decode(np.ones(x.shape), axis, group, exact, 0 * exact)
+    return np.stack(outcomes), step
+
+
 def stored_as_published(
     x: np.ndarray,
     bits: int,
@@ -105,7 +125,9 @@ def stored_as_published(
     return zeros and between(scale.ravel(), spread, FLOAT32 * spread, dtype)
 
 
-def decode(codes: np.ndarray, axis: str, group: int, scale: np.ndarray, zero: np.ndarray) -> np.ndarray:
+def decode(
+    codes: np.ndarray, axis: str, group: int, scale: np.ndarray, zero: np.ndarray
+) -> np.ndarray:
     """`X' = Q(X) * s + z`, exactly."""
     out = np.zeros(codes.shape)
     for index, s, z in zip(groups(*codes.shape, axis, group), scale.flat, zero.flat, strict=True):
@@ -195,16 +217,12 @@ def allowed_keys(
     order and window among the new columns.
     """
     t = valid.size
-    position, after = [], past
-    for column in range(t):
-        position.append(after)
-        after += int(valid[column])
-    allowed = np.zeros((t, past + t), bool)
-    for query in range(t):
-        for key in range(past):
-            allowed[query, key] = window is None or position[query] - key < window
-        for key in range(t):
-            distance = position[query] - position[key]
-            near = key <= query and (window is None or distance < window)
-            allowed[query, past + key] = valid[key] and (near if mask is None else mask[query, key])
-    return allowed
+    # A column that is not valid takes the position that the next valid one has.
+    position = past + np.cumsum(valid) - valid
+    query = position[:, None]
+    old = np.ones((t, past), bool) if window is None else query - np.arange(past) < window
+    if mask is None:
+        mask = np.tri(t, dtype=bool)
+        if window is not None:
+            mask &= query - position < window
+    return np.concatenate([old, mask & valid], 1)

@@ -5,12 +5,12 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from io import StringIO
 from pathlib import Path
 
 import pytest
 import torch
+from one_thread import one_thread  # noqa: F401 - a fixture for this module
 from rich.console import Console
 from tiny_model import save_tiny, tiny_tokenizer
 from transformers import AutoModelForCausalLM
@@ -20,15 +20,6 @@ from kivi import KVQuantizer
 from kivi.__main__ import Preset, app
 from kivi.cli_generate import ConsoleStreamer
 from kivi.cli_schemes import PRESETS, choose_schemes, parse_scheme, parse_value
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tensors here are tiny: more threads only wait for each other, long on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -2,11 +2,11 @@
 
 import copy
 import math
-from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
 import torch
+from one_thread import one_thread  # noqa: F401 - a fixture for this module
 from tiny_model import tiny_model
 from torch import Tensor
 from torch.nn import functional as F
@@ -18,15 +18,6 @@ from kivi.evals.intervals import Interval, block_bootstrap, mean, p999, wilson
 from kivi.evals.passkey import PasskeySample
 
 VOCAB = 12
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tensors here are tiny: more threads only wait for each other, long on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class FakeCache:
@@ -136,9 +127,11 @@ def test_bootstrap_matches_theory_for_independent_values() -> None:
     assert half == pytest.approx(1.96 * values.std().item() / math.sqrt(4000), rel=0.1)
 
 
-def test_p999_is_the_interpolated_order_statistic() -> None:
-    values = torch.arange(2001, dtype=torch.float64).flip(0)[None]
-    assert block_bootstrap(values, p999, resamples=10).estimate == pytest.approx(1998.0)
+@pytest.mark.parametrize("count", [1, 2, 500, 1001, 2001, 5432])
+def test_p999_is_the_interpolated_order_statistic(count: int) -> None:
+    values = torch.rand(3, count, dtype=torch.float64)
+    torch.testing.assert_close(p999(values), values.quantile(0.999, dim=-1))
+    assert p999(torch.arange(2001.0).flip(0)) == 1998.0
 
 
 def test_bootstrap_refuses_no_values() -> None:

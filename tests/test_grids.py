@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from one_thread import one_thread  # noqa: F401
 
 from kivi.grids import encode, fit, metadata_dtype, symmetric_offset
 from kivi.spec import BITS
@@ -18,14 +19,6 @@ bits_ = st.sampled_from(BITS)
 grids_ = st.sampled_from(GRIDS)
 dtypes_ = st.sampled_from(DTYPES)
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Small operations: a thread pool costs more than it brings."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
 
 @st.composite
 def groups(draw, least: float = 1e-3, most: float = 1e4):
@@ -34,7 +27,9 @@ def groups(draw, least: float = 1e-3, most: float = 1e4):
     seed, size = draw(st.integers(0, 2**32)), draw(st.sampled_from([1, 2, 16, 32, 48, 128]))
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(4, size, generator=generator)
-    kind = draw(st.sampled_from(["plain", "offset", "outlier", "levels", "two", "constant", "one off"]))
+    kind = draw(
+        st.sampled_from(["plain", "offset", "outlier", "levels", "two", "constant", "one off"])
+    )
     if kind == "offset":
         x = x * 1e-2 + 5
     elif kind == "outlier":
@@ -238,7 +233,12 @@ def test_any_half_precision_group(values):
         assert (codes.gather(1, order).diff() >= 0).all()
 
 
-@given(st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=2, max_size=8), bits_, grids_, dtypes_)
+@given(
+    st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=2, max_size=8),
+    bits_,
+    grids_,
+    dtypes_,
+)
 def test_huge_values_saturate_and_stay_in_order(values, bits, grid, dtype):
     x = torch.tensor([values]).to(dtype)
     x = x[:, x[0].isfinite()]
@@ -258,7 +258,9 @@ def test_an_outlier_costs_what_its_own_size_says(bits, grid):
     x[0, 7] = 3e4
     _, scale, zero, back = quantized(x, bits, grid, torch.float16)
     assert abs(back[0, 7] - 3e4) <= 3e4 * 2**-10 + scale.item() / 2
-    assert ((back - x.double()).abs() <= scale.double() * (0.5 if grid == "asymmetric" else 1)).all()
+    assert (
+        (back - x.double()).abs() <= scale.double() * (0.5 if grid == "asymmetric" else 1)
+    ).all()
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -5,21 +5,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from one_thread import one_thread  # noqa: F401
 from oracle_kivi import read_codes
 
 from kivi.packing import insert, pack_unit, units_per_tile, unpack, widths
 from kivi.spec import BITS, PAGE_TOKENS
 
 RUNS = (32, 64, 128, 256, 512)
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Small operations: a thread pool costs more than it brings."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
 
 
 def noise(pages: int, heads: int, bits: int, channels: int) -> torch.Tensor:

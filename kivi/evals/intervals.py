@@ -51,7 +51,12 @@ def mean(values: Tensor) -> Tensor:
 
 def p999(values: Tensor) -> Tensor:
     """99.9th percentile over the last dimension, as a bootstrap statistic."""
-    return values.quantile(0.999, dim=-1)
+    at = 0.999 * (values.shape[-1] - 1)
+    below = math.floor(at)
+    # Only the largest are needed in order; sorting everything costs ten times as much.
+    largest = values.topk(values.shape[-1] - below).values
+    low, high = largest[..., -1], largest[..., -2 if at > below else -1]
+    return low + (high - low) * (at - below)
 
 
 def block_bootstrap(

@@ -148,7 +148,7 @@ def markdown(
         [
             "# KV-cache ablation",
             "",
-            f"Model {settings.model} ({settings.dtype}, {settings.device}), text {settings.text}. "
+            f"Model: {settings.model} ({settings.dtype}, {settings.device}). Text: {settings.text}. "
             f"{settings.sequences} sequences: {settings.prefill} tokens of exact prefill, then "
             f"decoding in chunks of {settings.chunk} to {settings.context} tokens; "
             f"{settings.evaluated_tokens} tokens evaluated. {passkeys}Seed {settings.seed}.",
