@@ -1,4 +1,4 @@
-"""How tokens move through a layer's buffers: into exact slots, into pages and back. Tensors only."""
+"""How tokens move through a layer's buffers: into exact slots, into pages and back."""
 
 from __future__ import annotations
 

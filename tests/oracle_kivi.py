@@ -1,9 +1,9 @@
 """KIVI in numpy and float64, written from the paper (2402.02750) and the page format's description.
 
 It shares no code with kivi: not the grid, not the bit layout, not the window, not the attention.
-Everything works on one head of one row, `[T, D]`, in plain loops over groups. What the oracle
-cannot know is how float32 arithmetic breaks a rounding tie, so where that can matter it returns
-both outcomes (`low`, `high`) instead of one.
+Everything works on one head of one row, `[T, D]`, in plain loops over groups. The paper does not
+say how a tie is rounded, and float32 arithmetic may fall to either side of one: within a relative
+2^-20 of a tie the oracle returns both outcomes (`low`, `high`) instead of one.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 PAGE = 512
-FLOAT32 = 2.0**-22
-"""Relative error that a few float32 operations may have."""
+NEAR = 2.0**-20
+"""Relative distance from a rounding tie at which either outcome is right."""
 
 
 def array(x: torch.Tensor) -> np.ndarray:
@@ -80,7 +80,7 @@ def encode(
         if s == 0:  # a constant group: code 0 and z say it all
             continue
         exact = (x[index] - z) / s
-        slack = FLOAT32 * (np.abs(exact) + 1)
+        slack = NEAR * (np.abs(exact) + 1)
         low[index] = np.clip(np.rint(exact - slack), 0, 2**bits - 1)
         high[index] = np.clip(np.rint(exact + slack), 0, 2**bits - 1)
     return Grouped(low, high, scale, zero)
@@ -98,7 +98,7 @@ def published(
     top = np.array([x[i].max() for i in index])
     exact = np.maximum(top - zero, 0.0) / (2**bits - 1)
     outcomes = []
-    for side in (-FLOAT32, FLOAT32):
+    for side in (-NEAR, NEAR):
         scale = round16(exact * (1 + side), dtype)
         codes = encode(x, bits, axis, group, scale, zero)
         outcomes += [decode(c, axis, group, scale, zero) for c in (codes.low, codes.high)]
@@ -122,7 +122,7 @@ def stored_as_published(
     # The scale spans to the stored zero, which a float32 tensor's minimum may be rounded to.
     top = np.array([x[i].max() for i in index])
     spread = np.maximum(top - zero.ravel(), 0.0) / (2**bits - 1)
-    return zeros and between(scale.ravel(), spread, FLOAT32 * spread, dtype)
+    return zeros and between(scale.ravel(), spread, NEAR * spread, dtype)
 
 
 def decode(

@@ -42,7 +42,7 @@ def close(out: torch.Tensor, expected: np.ndarray) -> None:
     assert (error <= eps * np.abs(expected) + 2**-16).all(), error.max()
 
 
-# ---------------------------------------------------------------- a view, built from its description
+# ---------------------------------------------------------------- a view, from its description
 
 
 class Built(NamedTuple):
@@ -130,7 +130,6 @@ def rows_of(spec: KVSpec) -> tuple[list[int], list[int]]:
     st.lists(st.tuples(st.integers(0, 300), st.integers(0, 9)), min_size=1, max_size=4),
 )
 def test_exact_positions_are_the_inverse_of_the_slots(sinks, residual, rows):
-    spec = KVSpec(QuantSpec(2, "channel"), None, residual, sinks)
     ring = residual + 32 + SLACK
     lengths = [n for n, _ in rows]
     # Packed as far as the window allows, or less, but never so little that the ring overflows.

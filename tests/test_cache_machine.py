@@ -30,7 +30,9 @@ SPECS = [
     KVSpec(QuantSpec(2, "channel", 32), QuantSpec(2, "token", 32), 32, 3),
     KVSpec(None, None, 8, 0),
     KVSpec(QuantSpec(3, "token", 16), QuantSpec(1, "channel", 64), 0, 2),
-    KVSpec(QuantSpec(8, "channel", 128, "least_squares"), QuantSpec(4, "token", 16, "symmetric"), 20),
+    KVSpec(
+        QuantSpec(8, "channel", 128, "least_squares"), QuantSpec(4, "token", 16, "symmetric"), 20
+    ),
     KVSpec(QuantSpec(4, "channel", None), None, 5, 1),
 ]
 FEW = st.one_of(st.sampled_from([1, 2, 31, 32, 33, 64]), st.integers(1, 70))
@@ -40,7 +42,7 @@ PADDING = st.sampled_from(["none", "left", "right", "holes"])
 
 
 class Row(NamedTuple):
-    """A row of the model: its tokens `[H, D]`, as the cache must hold them, the first of them sinks."""
+    """A row of the model: its tokens `[H, D]` as the cache must hold them, sinks first."""
 
     keys: list[torch.Tensor]
     values: list[torch.Tensor]
@@ -110,7 +112,9 @@ class CacheMachine(RuleBasedStateMachine):
             "holes": (index + count) % 3 > 0,
         }[padding]
         if self.max_length is not None:
-            longest = max(len(r.keys) + int(n) for r, n in zip(pair.rows, valid.sum(1), strict=True))
+            longest = max(
+                len(r.keys) + int(n) for r, n in zip(pair.rows, valid.sum(1), strict=True)
+            )
             if longest > self.max_length:
                 return None
         k, v = (torch.where(valid[:, None, :, None], x, torch.nan) for x in (k, v))
@@ -162,7 +166,9 @@ class CacheMachine(RuleBasedStateMachine):
                 len(row.keys), seen, window, None if mask is None else mask[i, 0].numpy()
             )
             both = [
-                np.concatenate([array(torch.stack(held, 1)), array(x[i])], 1) if held else array(x[i])
+                np.concatenate([array(torch.stack(held, 1)), array(x[i])], 1)
+                if held
+                else array(x[i])
                 for held, x in ((row.keys, k), (row.values, v))
             ]
             expected = attention(array(q[i]), *both, allowed, D**-0.5)[:, seen]
@@ -180,7 +186,9 @@ class CacheMachine(RuleBasedStateMachine):
     def select(self, pair, data):
         b = len(pair.rows)
         same_size = st.lists(st.integers(0, b - 1), min_size=b, max_size=b)
-        indices = data.draw(st.one_of(same_size, st.lists(st.integers(0, b - 1), min_size=1, max_size=4)))
+        indices = data.draw(
+            st.one_of(same_size, st.lists(st.integers(0, b - 1), min_size=1, max_size=4))
+        )
         pair.cache.select(indices)
         pair.rows = [pair.rows[i].copy() for i in indices]
 
@@ -204,7 +212,9 @@ class CacheMachine(RuleBasedStateMachine):
         pair.cache.reset()
         pair.rows = [Row([], [], 0) for _ in pair.rows]
 
-    @rule(pair=pairs, which=st.sampled_from(["k", "valid", "q", "crop", "select", "long", "prefill"]))
+    @rule(
+        pair=pairs, which=st.sampled_from(["k", "valid", "q", "crop", "select", "long", "prefill"])
+    )
     def refused(self, pair, which):
         cache, b = pair.cache, len(pair.rows)
         k, v = randn(b, HEADS, 2, D, dtype=self.dtype), randn(b, HEADS, 2, DV, dtype=self.dtype)

@@ -133,7 +133,7 @@ def test_max_length_counts_tokens_not_columns():
 @pytest.mark.parametrize("t", [1, 31, 100])
 @pytest.mark.parametrize("call", ["append", "decode"])
 def test_a_call_that_fails_half_way_can_be_repeated(call, t, fails):
-    """Out of memory in an operator: the cache holds what it held, the repeated call is as a first."""
+    """Out of memory in an operator: all is as it was, and the call can be made again."""
     layer, twin = (filled(97, KVSpec(KIVI.key, KIVI.value, 32, 2)) for _ in range(2))
     assert layer.packed_lengths() == [32, 32]
     k, v = tokens(layer, t, seed=5)

@@ -11,7 +11,9 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def new_layer(dtype: torch.dtype, max_length: int | None, name: str = "kivi") -> LayerCache:
-    options = {"residual_length": 32} if name != "kivi" else {"residual_length": 32, "sink_length": 3}
+    options = (
+        {"residual_length": 32} if name != "kivi" else {"residual_length": 32, "sink_length": 3}
+    )
     return KVQuantizer.get(name, **options).new_layer(
         batch_size=2,
         num_kv_heads=2,

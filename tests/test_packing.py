@@ -89,7 +89,7 @@ def test_every_bit_of_a_page_is_used_once(bits):
     assert words.numel() * 16 == PAGE_TOKENS * bits
     codes = unpack(words, bits)
     assert torch.equal(put(torch.zeros_like(words), codes, bits, torch.tensor([0])), words)
-    # ... so that unpacking is one to one: any flipped bit changes exactly one code, by a power of 2.
+    # ... so that unpacking is one to one: a flipped bit changes exactly one code, by a power of 2.
     for tile in range(bits):
         for bit in range(16):
             flipped = words.clone()

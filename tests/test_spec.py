@@ -80,8 +80,19 @@ def test_channel_groups_do_not_depend_on_the_head(size, head_dim):
 
 @pytest.mark.parametrize(
     ("size", "head_dim", "group"),
-    [(32, 128, 32), (32, 32, 32), (64, 32, 32), (128, 64, 64), (None, 80, 80), (None, 256, 256)]
-    + [(20, 80, 20), (40, 80, 40), (16, 16, 16), (32, 16, 16), (128, 256, 128)],
+    [
+        (32, 128, 32),
+        (32, 32, 32),
+        (64, 32, 32),
+        (128, 64, 64),
+        (None, 80, 80),
+        (None, 256, 256),
+        (20, 80, 20),
+        (40, 80, 40),
+        (16, 16, 16),
+        (32, 16, 16),
+        (128, 256, 128),
+    ],
 )
 def test_token_groups_never_span_heads(size, head_dim, group):
     assert QuantSpec(2, "token", size).group(head_dim) == group

@@ -10,7 +10,7 @@ from kivi.spec import Grid, KVSpec, QuantSpec
 
 @dataclass(frozen=True, kw_only=True)
 class Crossed(KVQuantizer, name="crossed", paper="2402.02750"):
-    """Keys share a scale over G channels of a token, values over G tokens of a channel (Table 1)."""
+    """Keys share a scale over G channels of a token, values over G tokens (Table 1)."""
 
     bits: int = 2
     key_bits: int | None = None

@@ -10,7 +10,7 @@ from kivi.spec import Grid, KVSpec, QuantSpec
 
 @dataclass(frozen=True, kw_only=True)
 class Kivi(KVQuantizer, name="kivi", paper="2402.02750"):
-    """Tuning-free asymmetric quantization: section 3.2 and eq. 1 (grid), section 3.3 (axes, window).
+    """Tuning-free asymmetric quantization: eq. 1 (grid), sections 3.2 and 3.3 (axes, window).
 
     Keys share a scale over G tokens of a channel, values over G channels of a token. The original
     flushes its window a whole residual at a time; here at least R tokens stay exact, always.
