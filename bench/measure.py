@@ -42,7 +42,7 @@ def environment() -> dict[str, str]:
         "cpu": cores,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "command": " ".join(["python", *sys.argv]),
+        "command": f"python bench/{Path(sys.argv[0]).name}",
     }
 
 

@@ -27,7 +27,7 @@ _EAGER = Ops(reference.quantize_pack, reference.decode_attention, reference.exte
 
 @cache
 def _compiled() -> Ops:
-    return Ops(*(torch.compile(op, dynamic=True) for op in _EAGER))
+    return Ops(*(torch.compile(op) for op in _EAGER))
 
 
 def get_ops(impl: Impl, spec: KVSpec) -> Ops:

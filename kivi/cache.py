@@ -16,13 +16,10 @@ from torch import Tensor
 
 from kivi import store
 from kivi.attention import Impl, get_ops
-from kivi.checks import DTYPES, check_finite_tensor, check_new_tokens, check_query
+from kivi.checks import DTYPES, check_finite_tensor, check_new_tokens, check_query, tracing
 from kivi.kernels.reference import CacheView
 from kivi.pages import PagePool, PageTable, page_count
 from kivi.spec import KVSpec, check_choice, check_count
-
-Counts = tuple[list[int], list[int]]
-"""Lengths and packed lengths of the rows."""
 
 
 class CacheBytes(NamedTuple):
@@ -93,14 +90,12 @@ class LayerCache:
         self._exact_value = torch.zeros(*shape, value_head_dim, dtype=dtype, device=self.device)
         self._length = torch.zeros(batch_size, dtype=torch.int64, device=self.device)
         self._packed = self._length.clone()
-        self._host: Counts | None = ([0] * batch_size, [0] * batch_size)
+        self._host: store.Counts | None = ([0] * batch_size, [0] * batch_size)
         self._captured = False
         if max_length is not None:
             for tensor in (*self._view()[2:], *pool.key, *pool.value):
                 if tensor is not None:
                     torch._dynamo.mark_static_address(tensor)
-
-    # ---------------------------------------------------------------- reading
 
     def lengths(self) -> list[int]:
         """Tokens held by each row (reads the device after compiled steps)."""
@@ -124,8 +119,6 @@ class LayerCache:
         """Dense keys and values `[B, Hkv, max(lengths), D]`, left-aligned, 0 past a row's end."""
         return store.dense(self._view(), self.spec, max(self.lengths()))
 
-    # ---------------------------------------------------------------- writing
-
     def prefill(self, k: Tensor, v: Tensor, valid: Tensor | None = None) -> None:
         """Store a prompt in an empty cache; attention over it is the caller's, exact.
 
@@ -138,7 +131,7 @@ class LayerCache:
             ValueError: for wrong shapes or dtypes, a cache that is not empty, more tokens than
                 `max_length`, or elements that are not finite under `check_finite`.
         """
-        if not (self._tracing() or self._is_empty()):
+        if not (tracing() or self._is_empty()):
             raise ValueError(
                 f"prefill needs an empty cache; this one holds {self.lengths()} tokens: "
                 "use append(), or reset() first"
@@ -192,7 +185,7 @@ class LayerCache:
             ValueError: as `prefill`, and for a q that does not fit k.
         """
         self._check(k, v, valid)
-        check_query(q, k, mask, s_aux)
+        check_query(q, k, mask, sliding_window, softcap, s_aux)
         b, _, t, d = k.shape
         if t == 0:
             return q.new_empty(b, q.shape[1], 0, self.value_head_dim)
@@ -215,8 +208,6 @@ class LayerCache:
         self._store(k, v, valid, step, host)
         return out  # type: ignore[no-any-return]
 
-    # ---------------------------------------------------------------- rows
-
     @torch.no_grad()
     def select(self, indices: Tensor | list[int]) -> None:
         """Make row i a continuation of the old row `indices[i]`: reorder, repeat or drop rows.
@@ -230,7 +221,7 @@ class LayerCache:
             ValueError: if an index is not a row.
         """
         rows = indices.tolist() if isinstance(indices, Tensor) else list(indices)
-        if not rows or any(r not in range(self.batch_size) for r in rows):
+        if not rows or any(type(r) is not int or not 0 <= r < self.batch_size for r in rows):
             raise ValueError(f"indices={rows} is not allowed; rows are 0 to {self.batch_size - 1}")
         lengths, packed = ([counts[r] for r in rows] for counts in self._mirror())
         index = torch.tensor(rows, device=self.device)
@@ -302,16 +293,7 @@ class LayerCache:
         self._host = (list(lengths), list(packed))
         self._write_table()
 
-    # ---------------------------------------------------------------- state
-
-    @staticmethod
-    def _tracing() -> bool:
-        """Whether this call becomes a graph, in which the host cannot count."""
-        if torch.compiler.is_compiling():
-            return True
-        return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-
-    def _mirror(self) -> Counts:
+    def _mirror(self) -> store.Counts:
         """Lengths and packed lengths on the host; from the device after steps it did not see."""
         if self._host is None or self._captured:
             lengths, packed = torch.stack([self._length, self._packed]).tolist()
@@ -319,7 +301,7 @@ class LayerCache:
         return self._host
 
     def _is_empty(self) -> bool:
-        return not self._tracing() and not any(self._mirror()[0])
+        return not tracing() and not any(self._mirror()[0])
 
     def _view(self) -> CacheView:
         pool, exact = self._pages.pool, (self._exact_key, self._exact_value)
@@ -334,7 +316,7 @@ class LayerCache:
 
     def _check(self, k: Tensor, v: Tensor, valid: Tensor | None) -> None:
         check_new_tokens(k, v, valid, (self._exact_key, self._exact_value))
-        if self._tracing():
+        if tracing():
             if self.max_length is None:
                 raise ValueError("max_length=None cannot be compiled; give a max_length")
             if self.check_finite:
@@ -343,33 +325,32 @@ class LayerCache:
             for name, x in (("k", k), ("v", v)):
                 check_finite_tensor(name, x if valid is None else x.transpose(1, 2)[valid])
 
-    def _step(self, t: int, valid: Tensor | None) -> tuple[store.Step, Counts | None]:
+    def _step(self, t: int, valid: Tensor | None) -> tuple[store.Step, store.Counts | None]:
         """What storing t columns will do, with pages reserved; refuses what does not fit."""
-        spec, host = self.spec, None
-        window, unit = spec.sink_length + spec.residual_length, spec.unit
-        units = (t - 1) // unit + 1
-        if not self._tracing():
-            old, packed = self._mirror()
+        host, units = None, (t - 1) // self.spec.unit + 1
+        if not tracing():
             counts = [t] * self.batch_size if valid is None else valid.sum(1).tolist()
-            lengths = [n + c for n, c in zip(old, counts, strict=True)]
-            if self.max_length is not None and max(lengths) > self.max_length:
+            host, units = store.plan_on_host(self.spec, self._mirror(), counts)
+            if self.max_length is not None and max(host[0]) > self.max_length:
                 raise ValueError(
-                    f"k has {t} more tokens, which makes rows of {lengths} tokens; "
+                    f"k has {t} more tokens, which makes rows of {host[0]} tokens; "
                     f"max_length={self.max_length}"
                 )
-            due = [max(0, n - p - window) // unit for n, p in zip(lengths, packed, strict=True)]
-            after = [p + u * unit for p, u in zip(packed, due, strict=True)]
-            units, host = max(due), (lengths, after)
-            if self._pages.reserve(after):
+            if self._pages.reserve(host[1]):
                 self._write_table()
-        step = store.plan(self._view(), spec, t, valid, units)
+        step = store.plan(self._view(), self.spec, t, valid, units)
         if host is None and self.max_length is not None:
             inside = (step.length <= self.max_length).all()
             torch._assert_async(inside, "more tokens than max_length")
         return step, host
 
     def _store(
-        self, k: Tensor, v: Tensor, valid: Tensor | None, step: store.Step, host: Counts | None
+        self,
+        k: Tensor,
+        v: Tensor,
+        valid: Tensor | None,
+        step: store.Step,
+        host: store.Counts | None,
     ) -> None:
         """Store the columns; the counters, which make them count, change last."""
         fresh = valid is None and self._is_empty()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kivi.spec import check_count
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -55,8 +57,19 @@ def check_new_tokens(
         )
 
 
-def check_query(q: Tensor, k: Tensor, mask: Tensor | None, s_aux: Tensor | None) -> None:
+def check_query(
+    q: Tensor,
+    k: Tensor,
+    mask: Tensor | None,
+    sliding_window: int | None,
+    softcap: float | None,
+    s_aux: Tensor | None,
+) -> None:
     """Raise a ValueError unless queries `[B, Hq, T, D]` and what goes with them fit keys."""
+    if sliding_window is not None:
+        check_count("sliding_window", sliding_window, 1)
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap={softcap} is not allowed; it must be positive")
     b, hkv, t, d = k.shape
     fits = q.dim() == 4 and q.shape[0] == b and q.shape[2:] == (t, d)
     if not fits or q.shape[1] == 0 or q.shape[1] % hkv or q.dtype != k.dtype:
@@ -76,3 +89,10 @@ def check_query(q: Tensor, k: Tensor, mask: Tensor | None, s_aux: Tensor | None)
         )
     if s_aux is not None and s_aux.shape != (q.shape[1],):
         raise ValueError(f"s_aux has shape {tuple(s_aux.shape)}; it must be ({q.shape[1]},)")
+
+
+def tracing() -> bool:
+    """Whether this call becomes a graph, in which the host can neither count nor check."""
+    if torch.compiler.is_compiling():
+        return True
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

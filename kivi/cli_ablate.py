@@ -35,7 +35,7 @@ from kivi.hf import KVCache
 
 ATTENTION_TEXTS = 1
 """Texts whose attention is compared; each adds its queries, keys and values to memory."""
-WIDE = 112
+WIDE = 100
 """Characters that the table needs with all columns."""
 NOT_IF_NARROW = ("bits", "group_size", "attention_error")
 """Columns that a narrow terminal leaves to the report."""
@@ -245,9 +245,9 @@ def result_table(
     shown = [(k, h) for k, h in COLUMNS if k not in left_out and any(row[k] for row in rows)]
     for key, heading in shown:
         if key == "scheme":
-            table.add_column(heading, overflow="fold")
+            table.add_column(heading, overflow="fold", vertical="bottom")
         else:
-            table.add_column(heading, justify="right", no_wrap=True)
+            table.add_column(heading.replace(" ", "\n"), justify="right", no_wrap=True)
     for row in rows:
         table.add_row(*(row[key] for key, _ in shown))
     return table

@@ -91,8 +91,8 @@ def run_generate(
     seconds = streamer.times[-1] - streamer.times[0]
     speed = f"{(count - 1) / seconds:.1f} tokens/s decoding" if count > 1 else "no token decoded"
     console.print(
-        f"[bold]{count} tokens, {speed}, cache {megabytes(size.allocated)} allocated, "
-        f"{megabytes(size.used)} used[/bold] ({scheme_text}, "
+        f"[bold]{count} tokens, {speed}, cache {megabytes(size.allocated)} MiB allocated, "
+        f"{megabytes(size.used)} MiB used[/bold] ({scheme_text}, "
         f"{scheme.bits_per_element(loaded.head_dim):.2f} bits per element)",
         highlight=False,
     )

@@ -121,19 +121,20 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         if self.is_initialized:
             self.columns.reset()
 
-    def crop(self, tokens_to_remove: int) -> None:
+    def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Drop the last `-tokens_to_remove` columns. What was packed stays quantized.
 
         Raises:
             ValueError: for a positive number, as transformers, more columns than a row has tokens,
                 or if there is padding among them.
         """
+        tokens_to_remove = int(tokens_to_remove)  # older releases give a tensor
         if tokens_to_remove > 0:
             raise ValueError(
                 f"tokens_to_remove={tokens_to_remove} is not allowed; it must be 0 or negative"
             )
         if self.is_initialized and tokens_to_remove:
-            self.columns.crop(-tokens_to_remove)
+            self.columns.crop(-int(tokens_to_remove))  # generate counts in tensors
 
     def reorder_cache(self, beam_idx: Tensor | list[int]) -> None:
         """Row i continues row `beam_idx[i]`; full pages are shared."""

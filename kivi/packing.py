@@ -29,9 +29,13 @@ class Part(NamedTuple):
     bits: int
 
 
+# A table and not a formula: torch.compile then takes the width as a constant.
+_WIDTHS = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
+
+
 def widths(bits: int) -> tuple[int, ...]:
     """Widths of the parts that a code of `bits` bits is stored in, low bits first."""
-    return (2, 1) if bits == 3 else (bits,)
+    return _WIDTHS[bits]
 
 
 def units_per_tile(bits: int, tokens: int) -> int:

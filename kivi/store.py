@@ -16,6 +16,10 @@ SLACK = TILE_ROWS
 """Tokens that fit into the ring before a unit must have left it."""
 
 
+Counts = tuple[list[int], list[int]]
+"""Lengths and packed lengths of the rows, on the host."""
+
+
 class Step(NamedTuple):
     """What storing T columns does to the counters; computed before anything changes.
 
@@ -52,6 +56,16 @@ def plan(view: CacheView, spec: KVSpec, t: int, valid: Tensor | None, units: int
     window = length - view.packed - spec.sink_length - spec.residual_length
     leaving = window.clamp_min(0) // spec.unit * spec.unit
     return Step(position, length, view.packed + leaving, units)
+
+
+def plan_on_host(spec: KVSpec, counts: Counts, new: list[int]) -> tuple[Counts, int]:
+    """The counts after so many new tokens in each row, and the most units that leave a row."""
+    window = spec.sink_length + spec.residual_length
+    lengths = [n + t for n, t in zip(counts[0], new, strict=True)]
+    pairs = zip(lengths, counts[1], strict=True)
+    units = [max(0, n - p - window) // spec.unit for n, p in pairs]
+    packed = [p + u * spec.unit for p, u in zip(counts[1], units, strict=True)]
+    return (lengths, packed), max(units)
 
 
 def write_exact(view: CacheView, spec: KVSpec, k: Tensor, v: Tensor, position: Tensor) -> None:
@@ -188,7 +202,7 @@ def unpack_unit(view: CacheView, spec: KVSpec, packed: Tensor, length: Tensor, d
     Args:
         view: the layer's state.
         spec: how it is packed.
-        packed: `[B]` the first of them, a multiple of the unit, counted from the first packed token.
+        packed: `[B]` the first of them, a multiple of the unit, from the first packed token on.
         length: `[B]` tokens that the row keeps; less than a unit of them is not packed.
         due: `[B]` bool, which rows.
     """

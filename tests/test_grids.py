@@ -85,7 +85,7 @@ def test_scale_and_zero_can_be_stored(data, bits, grid):
 
 @pytest.mark.parametrize("meta", [torch.float16, torch.bfloat16])
 def test_zero_is_rounded_as_torch_rounds(meta):
-    """The spelled-out rounding is the hardware's for all magnitudes; it saturates instead of inf."""
+    """The spelled-out rounding is the hardware's for all magnitudes, but it saturates."""
     low = -25 if meta == torch.float16 else -110
     x = torch.randn(20000) * 2.0 ** torch.randint(low, 17, (20000,))
     ties = (torch.arange(1, 2**12) * 2.0 - 1) * 2.0**-11  # halfway between neighbours in 16 bit

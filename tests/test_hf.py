@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from tiny_models import SHAPE, VOCABULARY, prompt, tiny
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import (
     Cache,
     CompileConfig,
@@ -823,12 +824,12 @@ def test_prefill_quantizes_layer_by_layer(max_length: int | None) -> None:
 @pytest.mark.compile
 def test_compiled_step() -> None:
     """A decode step of a whole model is one graph, for every step and every cache."""
-    model, inputs = tiny("llama"), prompt(tokens=20, padding=7)
+    model, inputs = tiny("llama", num_hidden_layers=1), prompt(tokens=20, padding=7)
     ids = prompt(tokens=60, seed=1)["input_ids"]
     mask = torch.ones(2, 128, dtype=torch.int64)
     mask[:, :20] = inputs["attention_mask"]
     position = (mask.cumsum(1) - 1).clamp_min(0)
-    counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
+    counter = CompileCounterWithBackend("inductor")
     compiled = torch.compile(model, backend=counter, fullgraph=True)
 
     def play(run: Any, scheme: KVQuantizer, steps: int) -> tuple[Tensor, KVCache]:
@@ -873,7 +874,7 @@ def test_compiled_step() -> None:
 def test_compiled_generate(name: str) -> None:
     """What `generate` does by itself on CUDA, traced without a compiler behind it."""
     model, inputs = tiny(name), prompt(padding=30)
-    config = CompileConfig(fullgraph=True, backend="eager", mode=None)
+    config = CompileConfig(fullgraph=True, backend="aot_eager", mode=None)
     config._compile_all_devices = True
     theirs = generate(model, DynamicCache(config=model.config), inputs)
     for _ in range(2):

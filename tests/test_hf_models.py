@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import prompt, tiny
+from tiny_models import MODELS, prompt, tiny
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
@@ -14,7 +14,7 @@ from kivi.hf import ATTENTION, KVCache
 
 WINDOW_32 = KVQuantizer.get("full_precision", residual_length=32)
 NO_WINDOW = KVQuantizer.get("full_precision", residual_length=0, sink_length=3)
-NAMES = "llama mistral qwen2 qwen3 phi3 gemma2 gemma3 gpt_oss falcon falcon_new".split()
+NAMES = [name for name in MODELS if name != "falcon_alibi"]
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -29,6 +29,7 @@ LAYERS = (
     ("kivi.cache", "kivi.cache_*"),
     ("kivi.quantizer",),
     ("kivi.schemes", "kivi.schemes.*"),
+    ("kivi.testing",),
     ("kivi",),
     ("kivi.hf", "kivi.hf_*"),
     ("kivi.evals", "kivi.evals.*"),

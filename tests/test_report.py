@@ -142,7 +142,7 @@ def test_markdown_shows_table_and_plots(tmp_path: Path) -> None:
     assert len(columns) == len(row) == lines[head + 1].count("---")
     shown = dict(zip(columns, row, strict=True))
     assert shown["scheme"] == LABELS[1]
-    assert (shown["perplexity"], shown["KL mean"], shown["cache"]) == ("6.500", "0.031", "3.00 MiB")
+    assert (shown["ppl"], shown["KL mean"], shown["cache MiB"]) == ("6.500", "0.031", "3.00")
     assert (shown["top-1"], shown["passkey"], shown["attn error"]) == ("87.5%", "42%", "18.75%")
     for name in names:
         assert (f"![{name}]({name})" in text) == name.endswith(".png")

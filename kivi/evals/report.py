@@ -148,7 +148,8 @@ def markdown(
         [
             "# KV-cache ablation",
             "",
-            f"Model: {settings.model} ({settings.dtype}, {settings.device}). Text: {settings.text}. "
+            f"Model: {settings.model} ({settings.dtype}, {settings.device}). "
+            f"Text: {settings.text}. "
             f"{settings.sequences} sequences: {settings.prefill} tokens of exact prefill, then "
             f"decoding in chunks of {settings.chunk} to {settings.context} tokens; "
             f"{settings.evaluated_tokens} tokens evaluated. {passkeys}Seed {settings.seed}.",
@@ -159,7 +160,7 @@ def markdown(
             "",
             "KL is KL(full precision || scheme) of the next-token distribution in nats; top-1 the "
             "share of tokens where both agree on the likeliest; attn error the relative error of "
-            "attention outputs, mean over layers; cache the bytes allocated for "
+            "attention outputs, mean over layers; cache what is allocated for "
             f"{min(settings.batch_size, settings.sequences)} sequences, exact window included. "
             "Intervals (95 %) are in the CSV file.",
             "",

@@ -110,14 +110,14 @@ COLUMNS = (
     ("scheme", "scheme"),
     ("bits", "K/V bits"),
     ("group_size", "G"),
-    ("bits_per_element", "bits/elem"),
-    ("ppl", "perplexity"),
+    ("bits_per_element", "bits per element"),
+    ("ppl", "ppl"),
     ("kl_mean", "KL mean"),
     ("kl_p999", "KL p99.9"),
     ("top1", "top-1"),
     ("passkey", "passkey"),
     ("attention_error", "attn error"),
-    ("cache_bytes", "cache"),
+    ("cache_bytes", "cache MiB"),
 )
 """Columns for people: key and heading."""
 
@@ -147,5 +147,5 @@ def small(value: float) -> str:
 
 
 def megabytes(size: int) -> str:
-    """Bytes in MiB."""
-    return f"{size / 2**20:.2f} MiB"
+    """Bytes as a number of MiB."""
+    return f"{size / 2**20:.2f}"

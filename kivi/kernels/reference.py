@@ -250,6 +250,9 @@ def extend_attention(
     if view is not None:
         parts = _cached_parts(q, view, spec, query_position, scale, sliding_window, softcap)
     seen = torch.ones(b, t, dtype=torch.bool, device=q.device) if valid is None else valid
+    if valid is not None:
+        # What padding holds must not matter, a NaN least of all.
+        q, k, v = (torch.where(valid[:, None, :, None], x, 0) for x in (q, k, v))
     rows = max(1, BLOCK_SCORES // (b * hq * t))
     blocks = []
     for start in range(0, t, rows):

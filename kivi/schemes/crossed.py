@@ -22,6 +22,16 @@ class Crossed(KVQuantizer, name="crossed", paper="2402.02750"):
 
     def spec(self, layer_idx: int | None = None) -> KVSpec:
         """See KVQuantizer.spec."""
-        key = QuantSpec(self.key_bits or self.bits, "token", self.group_size, self.grid)
-        value = QuantSpec(self.value_bits or self.bits, "channel", self.group_size, self.grid)
+        key = QuantSpec(
+            self.bits if self.key_bits is None else self.key_bits,
+            "token",
+            self.group_size,
+            self.grid,
+        )
+        value = QuantSpec(
+            self.bits if self.value_bits is None else self.value_bits,
+            "channel",
+            self.group_size,
+            self.grid,
+        )
         return KVSpec(key, value, self.residual_length, self.sink_length)
