@@ -6,7 +6,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from kivi.cache import CacheBytes, LayerCache
+    from kivi.cache import LayerCache
+    from kivi.pages import CacheBytes
     from kivi.quantize import PackedTensor
     from kivi.quantizer import KVQuantizer
     from kivi.spec import KVSpec, QuantSpec
@@ -15,7 +16,7 @@ __all__ = ["CacheBytes", "KVQuantizer", "KVSpec", "LayerCache", "PackedTensor", 
 __version__ = "0.1.0"
 
 _HOME = {
-    "CacheBytes": "kivi.cache",
+    "CacheBytes": "kivi.pages",
     "KVQuantizer": "kivi.quantizer",
     "KVSpec": "kivi.spec",
     "LayerCache": "kivi.cache",

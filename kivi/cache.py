@@ -1,15 +1,13 @@
 """LayerCache: one layer's cache. Sinks, packed pages and an exact window, for ragged batches.
 
-Every row holds its own number of tokens: the first S in sink slots, the most recent ones (at least
-R) in a ring of exact slots, the rest in packed pages. Tokens leave the window a unit at a time
-(whole planes, whole key groups). The counters are device tensors, so that a step of a cache with
-`max_length` is one graph for torch.compile and CUDA graphs; in eager mode the host mirrors them.
+The first S tokens of a row are in sink slots, the most recent (at least R) in a ring of exact ones,
+the rest in pages; they leave the window a unit at a time (whole planes, whole key groups). Counters
+are device tensors, so that a step is one graph; in eager mode the host mirrors them.
 """
 
 from __future__ import annotations
 
 import copy
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,15 +16,8 @@ from kivi import store
 from kivi.attention import Impl, get_ops
 from kivi.checks import DTYPES, check_finite_tensor, check_new_tokens, check_query, tracing
 from kivi.kernels.reference import CacheView
-from kivi.pages import PagePool, PageTable, page_count
+from kivi.pages import CacheBytes, PagePool, PageTable, page_count
 from kivi.spec import KVSpec, check_choice, check_count
-
-
-class CacheBytes(NamedTuple):
-    """Bytes `allocated` (a shared pool counted whole) and of these `used` by the tokens held."""
-
-    allocated: int
-    used: int
 
 
 class LayerCache:
@@ -65,9 +56,10 @@ class LayerCache:
         check_finite: bool = False,
     ) -> None:
         value_head_dim = head_dim if value_head_dim is None else value_head_dim
-        sizes = {"batch_size": batch_size, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
-        for name, size in {**sizes, "value_head_dim": value_head_dim}.items():
-            check_count(name, size, 1)
+        check_count("batch_size", batch_size, 1)
+        check_count("num_kv_heads", num_kv_heads, 1)
+        check_count("head_dim", head_dim, 1)
+        check_count("value_head_dim", value_head_dim, 1)
         if max_length is not None:
             check_count("max_length", max_length, 1)
         check_choice("dtype", dtype, DTYPES)
@@ -92,10 +84,7 @@ class LayerCache:
         self._packed = self._length.clone()
         self._host: store.Counts | None = ([0] * batch_size, [0] * batch_size)
         self._captured = False
-        if max_length is not None:
-            for tensor in (*self._view()[2:], *pool.key, *pool.value):
-                if tensor is not None:
-                    torch._dynamo.mark_static_address(tensor)
+        self._pin()
 
     def lengths(self) -> list[int]:
         """Tokens held by each row (reads the device after compiled steps)."""
@@ -108,8 +97,8 @@ class LayerCache:
     def nbytes(self) -> CacheBytes:
         """Bytes allocated and in use."""
         lengths, packed = self._mirror()
-        pool, table = self._pages.pool, self._pages.rows
-        pages = {p for row, n in zip(table, packed, strict=True) for p in row[: page_count(n)]}
+        pool, rows = self._pages.pool, zip(self._pages.rows, packed, strict=True)
+        pages = {page for row, n in rows for page in row[: page_count(n)]}
         exact = (sum(lengths) - sum(packed)) * sum(t[0, :, 0].nbytes for t in self._view()[4:6])
         counters = self._table.nbytes + self._length.nbytes + self._packed.nbytes
         own = self._exact_key.nbytes + self._exact_value.nbytes + counters
@@ -128,7 +117,7 @@ class LayerCache:
             valid: `[B, T]` bool; columns that are not valid (padding) are not stored.
 
         Raises:
-            ValueError: for wrong shapes or dtypes, a cache that is not empty, more tokens than
+            ValueError: for wrong shapes or dtypes, a cache that holds tokens, more tokens than
                 `max_length`, or elements that are not finite under `check_finite`.
         """
         if not (tracing() or self._is_empty()):
@@ -235,6 +224,7 @@ class LayerCache:
                 setattr(self, name, tensor)
         self.batch_size, self._host = len(rows), (lengths, packed)
         self._write_table()
+        self._pin()
 
     @torch.no_grad()
     def fork(self) -> LayerCache:
@@ -243,13 +233,14 @@ class LayerCache:
         Forking a cache with `max_length`, or giving it more rows, makes room for all of both and so
         may move the pool: capture CUDA graphs after it.
         """
-        lengths, packed = self._mirror()
+        lengths, packed = map(list, self._mirror())
         child = copy.copy(self)
         for name in ("_exact_key", "_exact_value", "_length", "_packed", "_table"):
             setattr(child, name, getattr(self, name).clone())
         child._pages = self._pages.rebuild(list(range(self.batch_size)), packed, fork=True)
-        child._host = (list(lengths), list(packed))
+        child._host = (lengths, packed)
         child._write_table()
+        child._pin()
         return child
 
     @torch.no_grad()
@@ -269,10 +260,7 @@ class LayerCache:
         lengths, packed = self._mirror()
         if tokens > min(lengths):
             raise ValueError(f"tokens={tokens} is not allowed; the rows hold {lengths} tokens")
-        sinks, unit = self.spec.sink_length, self.spec.unit
-        kept = [n - tokens for n in lengths]
-        whole = [max(0, n - sinks) // unit * unit for n in kept]
-        target = [min(pair) for pair in zip(whole, packed, strict=True)]
+        kept, target = store.cut(self.spec, (lengths, packed), tokens)
         if target != packed:
             counts = torch.tensor([target, kept], device=self.device)
             due = counts[0] < self._packed
@@ -307,6 +295,11 @@ class LayerCache:
         pool, exact = self._pages.pool, (self._exact_key, self._exact_value)
         return CacheView(pool.key, pool.value, self._table, self._packed, *exact, self._length)
 
+    def _pin(self) -> None:
+        """With a max_length, tell torch.compile that the tensors stay where they are."""
+        for tensor in store.tensors(self._view()) if self.max_length is not None else ():
+            torch._dynamo.mark_static_address(tensor)
+
     def _write_table(self) -> None:
         table = self._pages.tensor(self.device)
         if table.shape == self._table.shape:
@@ -316,14 +309,10 @@ class LayerCache:
 
     def _check(self, k: Tensor, v: Tensor, valid: Tensor | None) -> None:
         check_new_tokens(k, v, valid, (self._exact_key, self._exact_value))
-        if tracing():
-            if self.max_length is None:
-                raise ValueError("max_length=None cannot be compiled; give a max_length")
-            if self.check_finite:
-                raise ValueError("check_finite=True reads the device and cannot be compiled")
-        elif self.check_finite:
-            for name, x in (("k", k), ("v", v)):
-                check_finite_tensor(name, x if valid is None else x.transpose(1, 2)[valid])
+        if tracing() and (self.max_length is None or self.check_finite):
+            raise ValueError("to compile, give a max_length and leave check_finite=False")
+        for name, x in (("k", k), ("v", v)) if self.check_finite else ():
+            check_finite_tensor(name, x if valid is None else x.transpose(1, 2)[valid])
 
     def _step(self, t: int, valid: Tensor | None) -> tuple[store.Step, store.Counts | None]:
         """What storing t columns will do, with pages reserved; refuses what does not fit."""

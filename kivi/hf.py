@@ -27,10 +27,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from kivi.attention import Impl, get_ops
-from kivi.cache import CacheBytes, LayerCache
+from kivi.cache import LayerCache
 from kivi.hf_handles import CachedStates, Columns
 from kivi.hf_masks import Shared
 from kivi.hf_schemes import Schemes, layer_schemes
+from kivi.pages import CacheBytes
 from kivi.spec import KVSpec, check_count
 
 ATTENTION = str(__package__)

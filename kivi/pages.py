@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import copy
+from typing import NamedTuple
 
 import torch
 
 from kivi.quantize import Pages, empty_pages
 from kivi.spec import PAGE_TOKENS, KVSpec
+
+
+class CacheBytes(NamedTuple):
+    """Bytes `allocated` (a shared pool counted whole) and of these `used` by the tokens held."""
+
+    allocated: int
+    used: int
 
 
 class PagePool:

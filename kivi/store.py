@@ -68,6 +68,18 @@ def plan_on_host(spec: KVSpec, counts: Counts, new: list[int]) -> tuple[Counts, 
     return (lengths, packed), max(units)
 
 
+def cut(spec: KVSpec, counts: Counts, tokens: int) -> Counts:
+    """The counts after dropping the last tokens; a packed unit is kept whole or not at all."""
+    lengths = [n - tokens for n in counts[0]]
+    whole = [max(0, n - spec.sink_length) // spec.unit * spec.unit for n in lengths]
+    return lengths, [min(pair) for pair in zip(whole, counts[1], strict=True)]
+
+
+def tensors(view: CacheView) -> list[Tensor]:
+    """All tensors of a view."""
+    return [x for x in (*view.key, *view.value, *view[2:]) if x is not None]
+
+
 def write_exact(view: CacheView, spec: KVSpec, k: Tensor, v: Tensor, position: Tensor) -> None:
     """Put columns `[B, Hkv, T, D]` into the exact slots of their positions `[B, T]`."""
     row = torch.arange(k.shape[0], device=k.device)[:, None]
