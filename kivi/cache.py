@@ -101,7 +101,7 @@ class LayerCache:
         pages = {page for row, n in rows for page in row[: page_count(n)]}
         exact = (sum(lengths) - sum(packed)) * sum(t[0, :, 0].nbytes for t in self._view()[4:6])
         counters = self._table.nbytes + self._length.nbytes + self._packed.nbytes
-        own = self._exact_key.nbytes + self._exact_value.nbytes + counters
+        own = sum(tensor.nbytes for tensor in self._view()[2:])
         return CacheBytes(pool.nbytes + own, len(pages) * pool.page_nbytes + exact + counters)
 
     def dequantize(self) -> tuple[Tensor, Tensor]:
@@ -270,8 +270,7 @@ class LayerCache:
     @torch.no_grad()
     def reset(self) -> None:
         """Forget all tokens; buffers and, with `max_length`, addresses stay."""
-        nothing = [0] * self.batch_size
-        self._forget(nothing, nothing)
+        self._forget([0] * self.batch_size, [0] * self.batch_size)
 
     def _forget(self, lengths: list[int], packed: list[int]) -> None:
         """Set the counters to what is kept; pages still to be written become the rows' own."""

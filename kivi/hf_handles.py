@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from kivi.cache import LayerCache
+from kivi.checks import tracing
 from kivi.hf_masks import Shared
 
 _PROPERTIES = ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "is_cpu")
@@ -42,7 +43,7 @@ class Columns:
         self.seen: int | Tensor = 0
         if cache.max_length is not None:
             self.seen = torch.zeros((), dtype=torch.int64, device=cache.device)
-            if not torch.compiler.is_compiling():
+            if not tracing():
                 torch._dynamo.mark_static_address(self.seen)
         # First column and `valid [B, T]` of the forwards that held padding.
         self.padding: list[tuple[int, Tensor]] = []
@@ -180,7 +181,7 @@ class Update:
                 s_aux=s_aux,
             ).to(q.dtype)
         self.stored = True
-        if torch.compiler.is_compiling():
+        if tracing():
             columns.advance(t)
             return out
         columns.advance(t, None if reading.valid is None else (int(reading.before), reading.valid))
@@ -194,7 +195,12 @@ class Update:
 
         Args:
             user: what needs them, for the warning.
+
+        Raises:
+            ValueError: in a compiled step, where nobody knows how many tokens there are.
         """
+        if tracing():
+            raise ValueError(f"{user} needs dense keys and values, which no compiled step can give")
         if self._dense is None:
             columns = self.columns
             self._dense = columns.dense(self)
@@ -288,7 +294,6 @@ def _attend(
     """`F.scaled_dot_product_attention` on handles; None where only dense tensors will do."""
     update = CachedStates.common(key, value)
     # What torch calls causal starts at the first column, not at the first new one.
-    tracing = torch.compiler.is_compiling()
-    if update is None or dropout_p or (is_causal and not tracing and update.columns.seen):
+    if update is None or dropout_p or (is_causal and not tracing() and update.columns.seen):
         return None
     return update.attend(query, attn_mask, scale, causal=is_causal)

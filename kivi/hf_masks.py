@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from kivi.cache import LayerCache
+from kivi.checks import tracing
 
 # Elements of a piece of a mask that may be compared at a time.
 BLOCK_MASK = 2**24
@@ -63,7 +64,7 @@ class Shared:
         fits = mask.dtype == torch.bool and mask.dim() == 4 and mask.shape[1:3] == (1, t)
         if not fits or mask.shape[0] not in (1, b):
             return None
-        if torch.compiler.is_compiling():
+        if tracing():
             column = seen + torch.arange(t, device=mask.device)
             block = mask.index_select(-1, column).expand(b, -1, -1, -1)
             valid = block.diagonal(dim1=-2, dim2=-1)[:, 0]
