@@ -41,6 +41,7 @@ class LayerCache:
             not fit the head dimension.
     """
 
+    @torch.inference_mode(False)  # buffers outlive the mode they are made in
     def __init__(
         self,
         spec: KVSpec,
@@ -197,7 +198,7 @@ class LayerCache:
         self._store(k, v, valid, step, host)
         return out  # type: ignore[no-any-return]
 
-    @torch.no_grad()
+    @torch.inference_mode(False)
     def select(self, indices: Tensor | list[int]) -> None:
         """Make row i a continuation of the old row `indices[i]`: reorder, repeat or drop rows.
 
@@ -226,7 +227,7 @@ class LayerCache:
         self._write_table()
         self._pin()
 
-    @torch.no_grad()
+    @torch.inference_mode(False)
     def fork(self) -> LayerCache:
         """A cache that continues from here on its own; full pages are stored once for both.
 
@@ -243,7 +244,6 @@ class LayerCache:
         child._pin()
         return child
 
-    @torch.no_grad()
     def crop(self, tokens: int) -> None:
         """Drop the last tokens of every row.
 
@@ -267,7 +267,6 @@ class LayerCache:
             store.unpack_unit(self._view(), self.spec, counts[0], counts[1], due)
         self._forget(kept, target)
 
-    @torch.no_grad()
     def reset(self) -> None:
         """Forget all tokens; buffers and, with `max_length`, addresses stay."""
         self._forget([0] * self.batch_size, [0] * self.batch_size)
@@ -299,6 +298,7 @@ class LayerCache:
         for tensor in store.tensors(self._view()) if self.max_length is not None else ():
             torch._dynamo.mark_static_address(tensor)
 
+    @torch.inference_mode(False)
     def _write_table(self) -> None:
         table = self._pages.tensor(self.device)
         if table.shape == self._table.shape:

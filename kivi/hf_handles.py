@@ -42,7 +42,8 @@ class Columns:
         self.cache, self.window, self.shared = cache, window, shared
         self.seen: int | Tensor = 0
         if cache.max_length is not None:
-            self.seen = torch.zeros((), dtype=torch.int64, device=cache.device)
+            with torch.inference_mode(False):  # it counts on after that mode
+                self.seen = torch.zeros((), dtype=torch.int64, device=cache.device)
             if not tracing():
                 torch._dynamo.mark_static_address(self.seen)
         # First column and `valid [B, T]` of the forwards that held padding.
@@ -200,7 +201,10 @@ class Update:
             ValueError: in a compiled step, where nobody knows how many tokens there are.
         """
         if tracing():
-            raise ValueError(f"{user} needs dense keys and values, which no compiled step can give")
+            raise ValueError(
+                "this model needs dense keys and values, which a compiled step cannot give: "
+                "generate with disable_compile=True or make the cache without max_length"
+            )
         if self._dense is None:
             columns = self.columns
             self._dense = columns.dense(self)
@@ -270,7 +274,8 @@ class CachedStates(torch.Tensor):
     ) -> Any:
         """Metadata as it is, attention over the pages, anything else over dequantized tensors."""
         kwargs = kwargs or {}
-        if func in _METADATA:
+        # Compiled code cannot compare the getters of properties.
+        if func in _METADATA or (tracing() and getattr(func, "__name__", "") == "__get__"):
             return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
         if func is F.scaled_dot_product_attention:
             out = _attend(*args, **kwargs)

@@ -80,6 +80,7 @@ class PagePool:
             if tensor is not None and source:
                 tensor[target] = tensor[source]
 
+    @torch.inference_mode(False)
     def grow(self, count: int) -> list[int]:
         """Add `count` pages and return them."""
         old = len(self.references)

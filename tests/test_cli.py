@@ -222,6 +222,16 @@ def test_tokenizers_that_can_not_do_passkeys_are_named(tiny: Path, tmp_path: Pat
     assert "digit" in line and "use --no-passkey" in line
 
 
+def test_passkeys_need_a_first_token(tiny: Path, tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "model")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    del settings["bos_token"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    given = ("--context", 128, "--tokens", 64, "--text", tiny / "text.txt", "--scheme", "kivi")
+    line = refused(kivi("ablate", "--model", folder, *given, "--out", tmp_path / "out"))
+    assert "bos token; use --no-passkey" in line
+
+
 # ---------------------------------------------------------------- generate
 
 

@@ -2,7 +2,9 @@
 
 import copy
 import math
+from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -10,12 +12,14 @@ from one_thread import one_thread  # noqa: F401 - a fixture for this module
 from tiny_model import tiny_model
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import DynamicCache
+from transformers import DynamicCache, MistralConfig, MistralForCausalLM
 
 from kivi import KVQuantizer
 from kivi.evals import ablation, attention_error, decoding, feeding, retrieval
+from kivi.evals import environment as environments
 from kivi.evals.intervals import Interval, block_bootstrap, mean, p999, wilson
 from kivi.evals.passkey import PasskeySample
+from kivi.hf import KVCache
 
 VOCAB = 12
 
@@ -366,6 +370,45 @@ def test_attention_that_can_not_be_recorded_is_refused() -> None:
         attention_error.record_attention(model, torch.randint(257, (1, 8)))
 
 
+def tiny_mistral() -> MistralForCausalLM:
+    torch.manual_seed(2)
+    config = MistralConfig(
+        vocab_size=257,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        sliding_window=24,
+        initializer_range=0.15,
+    )
+    return MistralForCausalLM(config).eval()
+
+
+def test_attention_under_a_mask_is_not_recorded() -> None:
+    with pytest.raises(ValueError, match="only plain causal"):
+        attention_error.record_attention(tiny_mistral(), torch.randint(257, (1, 60)))
+
+
+@pytest.mark.parametrize("make_model", [tiny_model, tiny_mistral])
+def test_packed_cache_without_loss_scores_as_exact(make_model: Callable[[], Any]) -> None:
+    """With a sliding window no exact prefill can be shared; the cache then runs its own."""
+    model, texts = make_model(), torch.randint(257, (2, 90))
+    exact = decoding.reference(model, texts, prefill=50)
+    assert exact.prefix.complete == (make_model is tiny_model)
+    made: list[KVCache] = []
+
+    def make_cache() -> KVCache:
+        made.append(KVCache(model, "full_precision", residual_length=0))
+        return made[-1]
+
+    scores = decoding.compare(model, make_cache, exact, chunk=7)
+    assert scores.kl.abs().max() < 1e-5
+    assert min(made[0].packed_calls) >= 6 and max(made[0].dense_calls) == 0
+    assert scores.size == made[0].nbytes() and scores.size.used > 0
+
+
 class FakeLayer:
     """Attends exactly and scales what it returns."""
 
@@ -488,3 +531,10 @@ def test_ablation_refuses() -> None:
         small_task(chunk=0)
     with pytest.raises(ValueError, match="batch_size=0"):
         small_task(batch_size=0)
+
+
+def test_environment_names_versions_and_machine() -> None:
+    here = environments.environment()
+    assert here.torch == torch.__version__ and here.accelerator == "none"
+    assert here.threads == torch.get_num_threads() and here.processor[0].isdigit()
+    assert environments._version("no-such-package-here") == "not installed"

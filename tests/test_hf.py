@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_models import SHAPE, VOCABULARY, prompt, tiny
+from tiny_models import SHAPE, VOCABULARY, WINDOW, prompt, tiny
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import (
@@ -117,6 +117,30 @@ def test_handle_metadata(llama: PreTrainedModel, max_length: int | None) -> None
         assert isinstance(hash(handle), int)
     assert cache.dense_calls[0] == 0
     torch.testing.assert_close(state(cache), before)  # nothing is stored before it is attended to
+
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_sdpa_with_a_window(mask: bool) -> None:
+    """Without a mask a single query sees all, whatever the window of the layer."""
+    model = tiny("mistral")
+    cache, k, v = filled(model, tokens=60)
+    new_k, new_v = new_states(1, seed=1)
+    dense = torch.cat([k, new_k], 2), torch.cat([v, new_v], 2)
+    attn_mask = (torch.arange(61) > 60 - WINDOW)[None, None, None] if mask else None
+    options: dict[str, Any] = {"attn_mask": attn_mask, "enable_gqa": True}
+    expected = F.scaled_dot_product_attention(queries(1), *dense, **options)
+    mine = F.scaled_dot_product_attention(queries(1), *cache.update(new_k, new_v, 0), **options)
+    close(mine, expected)
+    assert (cache.packed_calls[0], cache.dense_calls[0]) == (2, 0)
+
+
+def test_heads_of_one_device(llama: PreTrainedModel) -> None:
+    """In tensor parallel a layer sees fewer heads than the model has."""
+    cache = KVCache(llama, LOSSLESS)
+    k, v, q = new_states(50)[0][:, :1], new_states(50)[1][:, :1], queries(50)[:, :2]
+    mine = F.scaled_dot_product_attention(q, *cache.update(k, v, 0), is_causal=True)
+    close(mine, F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True))
+    assert cache.packed_calls[0] == 1
 
 
 def test_handle_takes_no_memory(llama: PreTrainedModel) -> None:
@@ -698,6 +722,14 @@ def test_layers_of_other_kinds() -> None:
     with pytest.warns(UserWarning):
         static = KVCache(model, LOSSLESS, max_length=99)
     assert [type(a).__name__ for a in static.layers[:3]] == ["StaticSlidingWindowLayer"] * 3
+    # Before its chunk is full such a layer holds all tokens, and they can be handed on.
+    ids = inputs["input_ids"][:, 30:70]
+    exact = DynamicCache(config=config)
+    forward(model, exact, ids)
+    with pytest.warns(UserWarning):
+        loaded = KVCache(model, LOSSLESS)
+    loaded.prefill_from(exact)
+    close(forward(model, loaded, ids[:, :3]), forward(model, exact, ids[:, :3]))
 
 
 @pytest.mark.parametrize("padding", [0, 30])
@@ -722,7 +754,8 @@ def test_prompt_over_max_length(llama: PreTrainedModel) -> None:
     cache = KVCache(llama, TWO_BIT, max_length=60)
     with pytest.raises(ValueError, match="max_length=60"):
         forward(llama, cache, prompt()["input_ids"])
-    assert cache.get_seq_length() == 0
+    assert (cache.get_seq_length(), cache.get_max_length()) == (0, 60)
+    assert KVCache(llama, TWO_BIT).get_max_length() == -1
 
 
 def test_check_finite(llama: PreTrainedModel) -> None:
@@ -870,7 +903,7 @@ def test_compiled_step() -> None:
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("name", ["mistral"])
+@pytest.mark.parametrize("name", ["mistral", "falcon"])
 def test_compiled_generate(name: str) -> None:
     """What `generate` does by itself on CUDA, traced without a compiler behind it."""
     model, inputs = tiny(name), prompt(padding=30)
