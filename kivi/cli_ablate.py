@@ -240,6 +240,7 @@ def result_table(
         title_justify="left",
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
+        pad_edge=False,
     )
     left_out = () if width >= WIDE else NOT_IF_NARROW
     shown = [(k, h) for k, h in COLUMNS if k not in left_out and any(row[k] for row in rows)]

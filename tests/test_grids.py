@@ -199,6 +199,13 @@ def test_least_squares_is_the_least_squares_fit_to_the_codes(bits):
     assert torch.allclose(zero[:, 0].double(), solution[:, 1], rtol=2**-10, atol=2**-12)
 
 
+@pytest.mark.parametrize("bits", BITS)
+def test_past_what_16_bit_can_hold_there_is_nothing_to_refit(bits):
+    x = torch.randn(20, 32) * 1e5
+    plain, refit = (fit(x, EVERY, bits, g, torch.float16) for g in ("asymmetric", "least_squares"))
+    assert torch.equal(plain[0], refit[0]) and torch.equal(plain[1], refit[1])
+
+
 # ---------------------------------------------------------------- constant groups
 
 

@@ -194,6 +194,16 @@ def test_any_number_of_tokens(tokens, spec):
         assert (back - x).abs().max() < 4
 
 
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_the_rest_of_a_page_is_zero(spec):
+    """Whatever the tokens before it are: equal tensors have equal pages."""
+    pages = quantize(randn(1, 1, 5, 16) + 7, spec).pages
+    if spec is None:
+        assert not pages.words[:, :, 5:].any()
+    else:
+        assert not read_codes(pages.words[0, 0].numpy(), spec.bits)[5:].any()
+
+
 @pytest.mark.parametrize("axis", ["channel", "token"])
 def test_an_incomplete_group_is_fitted_to_its_own_tokens(axis):
     """Padding to a whole group or page would drag zeros into its range."""

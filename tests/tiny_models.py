@@ -1,10 +1,13 @@
-"""Small random models of many architectures, with weights large enough to have opinions."""
+"""Small random models of many architectures, with opinions, and what tests do with them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import pytest
 import torch
+from torch import Tensor
 from transformers import (
+    Cache,
     FalconConfig,
     FalconForCausalLM,
     Gemma2Config,
@@ -26,6 +29,13 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from kivi import KVQuantizer
+from kivi.hf import KVCache
+
+LOSSLESS = KVQuantizer.get("full_precision", residual_length=0, sink_length=2)
+TWO_BIT = KVQuantizer.get("kivi", bits=2, residual_length=16)
+NEW = 24
+"""Tokens that `generate` adds."""
 WINDOW = 48
 VOCABULARY = 96
 MIXED = ["sliding_attention", "full_attention"]
@@ -106,12 +116,43 @@ def tiny(name: str, **changes: Any) -> PreTrainedModel:
     return model
 
 
-def prompt(
-    batch: int = 2, tokens: int = 70, padding: int = 0, seed: int = 0
-) -> dict[str, torch.Tensor]:
+def prompt(batch: int = 2, tokens: int = 70, padding: int = 0, seed: int = 0) -> dict[str, Tensor]:
     """Tokens `[B, T]` and their mask; the first row begins with padding."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(2, VOCABULARY, (batch, tokens), generator=generator)
     mask = torch.ones_like(ids)
     ids[0, :padding], mask[0, :padding] = 0, 0
     return {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """For the modules that import it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the tensors are tiny
+    yield
+    torch.set_num_threads(threads)
+
+
+@torch.no_grad()
+def forward(model: PreTrainedModel, cache: Cache | None, ids: Tensor, **inputs: Any) -> Tensor:
+    return model(input_ids=ids, past_key_values=cache, **inputs).logits
+
+
+def generate(
+    model: PreTrainedModel, cache: Cache, inputs: dict[str, Tensor], **options: Any
+) -> Any:
+    options = {"max_new_tokens": NEW, "do_sample": False, **options}
+    return model.generate(**inputs, past_key_values=cache, **options)
+
+
+def close(a: Tensor, b: Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def state(cache: KVCache) -> list[Any]:
+    """All that a cache holds."""
+    held: list[Any] = [int(cache.get_seq_length())]
+    for layer in (layer for layer in cache.packed_layers if layer.is_initialized):
+        held += [layer.cache.lengths(), layer.cache.packed_lengths(), *layer.cache.dequantize()]
+    return held

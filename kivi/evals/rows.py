@@ -110,7 +110,7 @@ COLUMNS = (
     ("scheme", "scheme"),
     ("bits", "K/V bits"),
     ("group_size", "G"),
-    ("bits_per_element", "bits per element"),
+    ("bits_per_element", "bits per elem."),
     ("ppl", "ppl"),
     ("kl_mean", "KL mean"),
     ("kl_p999", "KL p99.9"),
