@@ -1,7 +1,7 @@
 """quantize_pack: what torch.compile makes of the reference, against eager and a plain copy.
 
-`python bench/bench_quantize_pack.py [--out FILE]` prints one table: time, GB/s (what must be read
-plus what must be written, over the time), share of this machine's copy bandwidth, and how many
+`python bench/bench_quantize_pack.py [--out FILE] [--match TEXT]` prints one table: time, GB/s (what
+must be read plus what must be written, over the time), share of this machine's copy bandwidth, and how many
 kernels inductor generated. `nox -s bench` runs the same cases under pytest-benchmark.
 """
 
@@ -75,11 +75,13 @@ def test_quantize_pack(benchmark, shape: str, name: str, impl: str) -> None:
     benchmark.extra_info.update(environment(), nbytes=case.nbytes, kernels=case.kernels)
 
 
-def main(out: str | None = None) -> None:
-    """Measure every case."""
+def main(out: str | None = None, match: str = "") -> None:
+    """Measure every case, or those whose shape and spec contain `match`."""
     copy, rows = copy_bandwidth(), []
     for shape in SHAPES:
         for name, spec in SPECS.items():
+            if match not in f"{shape}: {name}":
+                continue
             for impl in ("eager", "compile"):
                 case = make(shape, spec, impl)
                 ms = median_ms(case.run)

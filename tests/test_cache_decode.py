@@ -122,3 +122,15 @@ def test_a_reset_forgets_nan():
     layer.reset()
     for t in (3, 40, 200):
         check_decode(layer, t)
+
+
+def test_nothing_that_is_stored_keeps_a_graph():
+    layer = new(KIVI, max_length=700)
+    for t in (1, 40, 300):
+        q = randn(2, 2, t, 16).requires_grad_()
+        k, v = (x.requires_grad_() for x in tokens(layer, t))
+        assert not layer.decode(q, k, v).requires_grad
+        layer.append(k * 1, v * 1)
+    layer.crop(300)
+    layer.select([1, 0])
+    assert not any(x.requires_grad for x in (*layer.dequantize(), *layer.fork().dequantize()))

@@ -5,8 +5,20 @@ import re
 
 import pytest
 import torch
-from cache_checks import KIVI, filled, randn, same, same_cache, state, tokens
+from cache_checks import (
+    KIVI,
+    filled,
+    new,
+    randn,
+    references_are_right,
+    same,
+    same_cache,
+    state,
+    tokens,
+)
 from one_thread import one_thread  # noqa: F401
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from kivi import KVSpec, LayerCache
 
@@ -167,6 +179,69 @@ def test_a_call_that_fails_half_way_can_be_repeated(call, t, fails):
     do(layer)
     do(twin)
     assert same_cache(layer, twin)
+
+
+class OutOfMemory(TorchDispatchMode):
+    """The n-th allocation of a kilobyte or more fails."""
+
+    def __init__(self, n: int | None = None) -> None:
+        super().__init__()
+        self.n, self.count = n, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        held = {x.untyped_storage().data_ptr() for x in tree_leaves(args) if torch.is_tensor(x)}
+        new = [x.untyped_storage() for x in tree_leaves(out) if torch.is_tensor(x)]
+        if any(x.nbytes() >= 1024 and x.data_ptr() not in held for x in new):
+            self.count += 1
+            if self.count == self.n:
+                raise torch.OutOfMemoryError
+        return out
+
+
+def shared_rows() -> LayerCache:
+    """Rows of different lengths that share pages with each other and with a fork."""
+    layer = new(KIVI)
+    k, v = tokens(layer, 600)
+    layer.prefill(k, v, torch.arange(600) < torch.tensor([[600], [590]]))
+    layer.select([0, 1, 1])
+    layer.other = layer.fork()
+    return layer
+
+
+CALLS = {
+    "append 1": lambda layer: layer.append(*tokens(layer, 1, 5)),
+    "append 31": lambda layer: layer.append(*tokens(layer, 31, 5)),
+    "append 100": lambda layer: layer.append(*tokens(layer, 100, 5)),
+    "decode 31": lambda layer: layer.decode(randn(3, 1, 31, 16), *tokens(layer, 31, 5)),
+    "decode 100": lambda layer: layer.decode(randn(3, 1, 100, 16), *tokens(layer, 100, 5)),
+    "crop": lambda layer: layer.crop(200),
+    "select": lambda layer: layer.select([1, 0, 0]),
+    "more rows": lambda layer: layer.select([1, 1, 0, 2, 2]),
+    "fork": lambda layer: layer.fork(),
+    "reset": lambda layer: layer.reset(),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
+def test_whichever_allocation_fails_the_call_can_be_repeated(call):
+    twin = shared_rows()
+    before, lengths = twin.dequantize(), twin.lengths()
+    with OutOfMemory() as all_of_them:
+        call(twin)
+    total = all_of_them.count
+    # Some of many, and all of the last: what is written then must be complete at once.
+    for n in sorted({*range(1, total + 1, total // 15 + 1), *range(max(1, total - 8), total + 1)}):
+        layer = shared_rows()
+        with pytest.raises(torch.OutOfMemoryError), OutOfMemory(n):
+            call(layer)
+        for each in (layer, layer.other):
+            assert each.lengths() == lengths
+            assert all(same(x, y) for x, y in zip(each.dequantize(), before, strict=True)), n
+        assert references_are_right(layer, layer.other)
+        call(layer)
+        assert same_cache(layer, twin)
+        assert all(same(x, y) for x, y in zip(layer.other.dequantize(), before, strict=True))
 
 
 @pytest.mark.parametrize(
