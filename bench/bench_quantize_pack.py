@@ -1,8 +1,8 @@
 """quantize_pack: what torch.compile makes of the reference, against eager and a plain copy.
 
 `python bench/bench_quantize_pack.py [--out FILE] [--match TEXT]` prints one table: time, GB/s (what
-must be read plus what must be written, over the time), share of this machine's copy bandwidth, and how many
-kernels inductor generated. `nox -s bench` runs the same cases under pytest-benchmark.
+must be read plus what must be written, over the time), share of this machine's copy bandwidth, and
+how many kernels inductor generated. `nox -s bench` runs the same cases under pytest-benchmark.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """LayerCache: one layer's cache. Sinks, packed pages and an exact window, for ragged batches.
 
 The first S tokens of a row are in sink slots, the most recent (at least R) in a ring of exact ones,
-the rest in pages; they leave the window a unit at a time (whole planes, whole key groups). Counters
-are device tensors, so that a step is one graph; in eager mode the host mirrors them.
+the rest in pages. Counters are device tensors, mirrored on the host in eager mode.
 """
 
 from __future__ import annotations
@@ -122,9 +121,9 @@ class LayerCache:
                 `max_length`, or elements that are not finite under `check_finite`.
         """
         if not (tracing() or self._is_empty()):
+            held = self.lengths()
             raise ValueError(
-                f"prefill needs an empty cache; this one holds {self.lengths()} tokens: "
-                "use append(), or reset() first"
+                f"prefill needs an empty cache, not {held} tokens: append() or reset()"
             )
         self.append(k, v, valid)
 
@@ -181,7 +180,6 @@ class LayerCache:
             return q.new_empty(b, q.shape[1], 0, self.value_head_dim)
         scale = d**-0.5 if scale is None else scale
         step, host = self._step(t, valid)
-        # A padding column's query gets some position; what it returns means nothing.
         query = step.position.clamp_min(0)
         options = (sliding_window, softcap, s_aux)
         view = self._view()
@@ -261,11 +259,14 @@ class LayerCache:
         if tokens > min(lengths):
             raise ValueError(f"tokens={tokens} is not allowed; the rows hold {lengths} tokens")
         kept, target = store.cut(self.spec, (lengths, packed), tokens)
+        unit = None
         if target != packed:
             counts = torch.tensor([target, kept], device=self.device)
             due = counts[0] < self._packed
-            store.unpack_unit(self._view(), self.spec, counts[0], counts[1], due)
+            unit = store.unpack_unit(self._view(), self.spec, counts[0], counts[1], due)
         self._forget(kept, target)
+        if unit is not None:
+            store.write_exact(self._view(), self.spec, *unit)
 
     def reset(self) -> None:
         """Forget all tokens; buffers and, with `max_length`, addresses stay."""

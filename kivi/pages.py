@@ -76,9 +76,10 @@ class PagePool:
 
     def copy(self, source: list[int], target: list[int]) -> None:
         """Copy the contents of pages."""
-        for tensor in (*self.key, *self.value):
-            if tensor is not None and source:
-                tensor[target] = tensor[source]
+        tensors = [t for t in (*self.key, *self.value) if t is not None] if source else []
+        # All are read before one is written: a page may be both, and memory may run out between.
+        for tensor, new in [(t, t[source]) for t in tensors]:
+            tensor[target] = new
 
     @torch.inference_mode(False)
     def grow(self, count: int) -> list[int]:

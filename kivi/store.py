@@ -202,14 +202,20 @@ def _enter(view: CacheView, spec: KVSpec, k: Tensor, v: Tensor, step: Step) -> N
         early = torch.arange(min(k.shape[2], spec.sink_length), device=k.device) - old * 0
         inside = (early < count) & (old + early < spec.sink_length)
         places.append((early, torch.where(inside, old + early, -1)))
+    new = []
     for rank, position in places:
         column = _columns(step, rank)
         new_k, new_v = (x[row, :, column].transpose(1, 2) for x in (k, v))
+        new.append((new_k, new_v, position))
+    # Only now: old tokens in the window give way, so nothing may fail any more.
+    for new_k, new_v, position in new:
         write_exact(view, spec, new_k, new_v, position)
 
 
-def unpack_unit(view: CacheView, spec: KVSpec, packed: Tensor, length: Tensor, due: Tensor) -> None:
-    """Bring packed tokens back into the ring, dequantized.
+def unpack_unit(
+    view: CacheView, spec: KVSpec, packed: Tensor, length: Tensor, due: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Packed tokens that go back into the ring, dequantized: what `write_exact` takes.
 
     Args:
         view: the layer's state.
@@ -228,7 +234,7 @@ def unpack_unit(view: CacheView, spec: KVSpec, packed: Tensor, length: Tensor, d
     for pages, one in ((view.key, spec.key), (view.value, spec.value)):
         dense = gather_pages(pages, one, page, dtype)
         new.append(dense[row, :, packed[:, None] % PAGE_TOKENS + index].transpose(1, 2))
-    write_exact(view, spec, new[0], new[1], position)
+    return new[0], new[1], position
 
 
 def dense(view: CacheView, spec: KVSpec, tokens: int) -> tuple[Tensor, Tensor]:
