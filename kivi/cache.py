@@ -232,8 +232,7 @@ class LayerCache:
         Forking a cache with `max_length`, or giving it more rows, makes room for all of both and so
         may move the pool: capture CUDA graphs after it.
         """
-        lengths, packed = map(list, self._mirror())
-        child = copy.copy(self)
+        child, (lengths, packed) = copy.copy(self), map(list, self._mirror())
         for name in ("_exact_key", "_exact_value", "_length", "_packed", "_table"):
             setattr(child, name, getattr(self, name).clone())
         child._pages = self._pages.rebuild(list(range(self.batch_size)), packed, fork=True)
