@@ -11,9 +11,8 @@ import copy
 import torch
 from torch import Tensor
 
-from kivi import store
+from kivi import checks, store
 from kivi.attention import Impl, get_ops
-from kivi.checks import DTYPES, check_finite_tensor, check_new_tokens, check_query, tracing
 from kivi.kernels.reference import CacheView
 from kivi.pages import CacheBytes, PagePool, PageTable, page_count
 from kivi.spec import KVSpec, check_choice, check_count
@@ -58,17 +57,15 @@ class LayerCache:
         value_head_dim = head_dim if value_head_dim is None else value_head_dim
         check_count("batch_size", batch_size, 1)
         check_count("num_kv_heads", num_kv_heads, 1)
-        check_count("head_dim", head_dim, 1)
-        check_count("value_head_dim", value_head_dim, 1)
         if max_length is not None:
             check_count("max_length", max_length, 1)
-        check_choice("dtype", dtype, DTYPES)
-        spec.bits_per_element(head_dim, value_head_dim)  # raises where a group does not fit
+        check_choice("dtype", dtype, checks.DTYPES)
+        spec.bits_per_element(head_dim, value_head_dim)  # raises where one does not fit
         self._ops = get_ops(impl, spec)
         self.spec, self.max_length, self.check_finite = spec, max_length, check_finite
         self.batch_size, self.num_kv_heads = batch_size, num_kv_heads
         self.head_dim, self.value_head_dim, self.dtype = head_dim, value_head_dim, dtype
-        self.device = torch.device(device)
+        self.device = checks.check_device(device)
         columns = None
         if max_length is not None:
             columns = max(1, page_count(max_length - spec.sink_length - spec.residual_length))
@@ -120,7 +117,7 @@ class LayerCache:
             ValueError: for wrong shapes or dtypes, a cache that holds tokens, more tokens than
                 `max_length`, or elements that are not finite under `check_finite`.
         """
-        if not (tracing() or self._is_empty()):
+        if not (checks.tracing() or self._is_empty()):
             held = self.lengths()
             raise ValueError(
                 f"prefill needs an empty cache, not {held} tokens: append() or reset()"
@@ -174,7 +171,7 @@ class LayerCache:
             ValueError: as `prefill`, and for a q that does not fit k.
         """
         self._check(k, v, valid)
-        check_query(q, k, mask, sliding_window, softcap, s_aux)
+        checks.check_query(q, k, mask, sliding_window, softcap, s_aux)
         b, _, t, d = k.shape
         if t == 0:
             return q.new_empty(b, q.shape[1], 0, self.value_head_dim)
@@ -287,7 +284,7 @@ class LayerCache:
         return self._host
 
     def _is_empty(self) -> bool:
-        return not tracing() and not any(self._mirror()[0])
+        return not checks.tracing() and not any(self._mirror()[0])
 
     def _view(self) -> CacheView:
         pool, exact = self._pages.pool, (self._exact_key, self._exact_value)
@@ -307,16 +304,16 @@ class LayerCache:
             self._table = table
 
     def _check(self, k: Tensor, v: Tensor, valid: Tensor | None) -> None:
-        check_new_tokens(k, v, valid, (self._exact_key, self._exact_value))
-        if tracing() and (self.max_length is None or self.check_finite):
+        checks.check_new_tokens(k, v, valid, (self._exact_key, self._exact_value))
+        if checks.tracing() and (self.max_length is None or self.check_finite):
             raise ValueError("to compile, give a max_length and leave check_finite=False")
         for name, x in (("k", k), ("v", v)) if self.check_finite else ():
-            check_finite_tensor(name, x if valid is None else x.transpose(1, 2)[valid])
+            checks.check_finite_tensor(name, x if valid is None else x.transpose(1, 2)[valid])
 
     def _step(self, t: int, valid: Tensor | None) -> tuple[store.Step, store.Counts | None]:
         """What storing t columns will do, with pages reserved; refuses what does not fit."""
         host, units = None, (t - 1) // self.spec.unit + 1
-        if not tracing():
+        if not checks.tracing():
             counts = [t] * self.batch_size if valid is None else valid.sum(1).tolist()
             host, units = store.plan_on_host(self.spec, self._mirror(), counts)
             if self.max_length is not None and max(host[0]) > self.max_length:

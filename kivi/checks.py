@@ -10,11 +10,26 @@ from kivi.spec import check_count
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
+def check_device(device: torch.device | str) -> torch.device:
+    """The device, or a ValueError if there is no such kind."""
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device={device!r} is not allowed: {error}") from None
+
+
+def _describe(x: object) -> str:
+    if not isinstance(x, Tensor):
+        return f"is {type(x).__name__}"
+    return f"has shape {tuple(x.shape)}, dtype {x.dtype} and device {x.device}"
+
+
 def check_tensor(name: str, x: Tensor, head_dim: int | None = None) -> None:
     """Raise a ValueError unless `x` is a `[B, Hkv, T, D]` float16/bfloat16/float32 tensor."""
-    if not isinstance(x, Tensor) or x.dim() != 4:
-        shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"{name} has shape {shape}; it must be a tensor [B, Hkv, T, D]")
+    if not isinstance(x, Tensor) or x.dim() != 4 or 0 in (*x.shape[:2], x.shape[3]):
+        raise ValueError(
+            f"{name} {_describe(x)}; it must be a tensor [B, Hkv, T, D], only T may be 0"
+        )
     if x.dtype not in DTYPES:
         raise ValueError(f"{name}.dtype={x.dtype} is not allowed; choose from {DTYPES}")
     if head_dim is not None and x.shape[3] != head_dim:
@@ -46,15 +61,23 @@ def check_new_tokens(
         want = (*own.shape[:2], k.shape[2], own.shape[3])
         if x.shape != want or x.dtype != own.dtype or x.device != own.device:
             raise ValueError(
-                f"{name} has shape {tuple(x.shape)}, dtype {x.dtype} and device {x.device}; "
-                f"it must be {want}, {own.dtype} and {own.device}"
+                f"{name} {_describe(x)}; it must be {want}, {own.dtype} and {own.device}"
             )
-    want_valid = (k.shape[0], k.shape[2])
-    if valid is not None and (valid.shape != want_valid or valid.dtype != torch.bool):
+    shapes = ((k.shape[0], k.shape[2]),)
+    if valid is not None and not _is(valid, shapes, (torch.bool,), k.device):
         raise ValueError(
-            f"valid has shape {tuple(valid.shape)} and dtype {valid.dtype}; "
-            f"it must be {want_valid} and torch.bool"
+            f"valid {_describe(valid)}; it must be {shapes[0]}, torch.bool and {k.device}"
         )
+
+
+def _is(
+    x: object,
+    shapes: tuple[tuple[int, ...], ...],
+    dtypes: tuple[torch.dtype, ...],
+    device: torch.device,
+) -> bool:
+    fits = isinstance(x, Tensor) and x.dtype in dtypes and x.device == device
+    return fits and tuple(x.shape) in shapes  # type: ignore[attr-defined]
 
 
 def check_query(
@@ -68,27 +91,24 @@ def check_query(
     """Raise a ValueError unless queries `[B, Hq, T, D]` and what goes with them fit keys."""
     if sliding_window is not None:
         check_count("sliding_window", sliding_window, 1)
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap={softcap} is not allowed; it must be positive")
+    if softcap is not None and not (isinstance(softcap, int | float) and softcap > 0):
+        raise ValueError(f"softcap={softcap!r} is not allowed; it must be a positive number")
     b, hkv, t, d = k.shape
-    fits = q.dim() == 4 and q.shape[0] == b and q.shape[2:] == (t, d)
-    if not fits or q.shape[1] == 0 or q.shape[1] % hkv or q.dtype != k.dtype:
+    heads = q.shape[1] if isinstance(q, Tensor) and q.dim() == 4 else 0
+    if heads == 0 or heads % hkv or not _is(q, ((b, heads, t, d),), (k.dtype,), k.device):
         raise ValueError(
-            f"q has shape {tuple(q.shape)} and dtype {q.dtype}; "
-            f"it must be [{b}, a multiple of {hkv}, {t}, {d}] and {k.dtype}"
+            f"q {_describe(q)}; "
+            f"it must be [{b}, a multiple of {hkv}, {t}, {d}], {k.dtype} and {k.device}"
         )
-    if mask is not None and (
-        mask.dim() != 4
-        or mask.shape[0] not in (1, b)
-        or mask.shape[1:] != (1, t, t)
-        or mask.dtype != torch.bool
-    ):
+    masks = ((1, 1, t, t), (b, 1, t, t))
+    if mask is not None and not _is(mask, masks, (torch.bool,), k.device):
         raise ValueError(
-            f"mask has shape {tuple(mask.shape)} and dtype {mask.dtype}; "
-            f"it must be [{b} or 1, 1, {t}, {t}] and torch.bool"
+            f"mask {_describe(mask)}; it must be [{b} or 1, 1, {t}, {t}], torch.bool and {k.device}"
         )
-    if s_aux is not None and s_aux.shape != (q.shape[1],):
-        raise ValueError(f"s_aux has shape {tuple(s_aux.shape)}; it must be ({q.shape[1]},)")
+    if s_aux is not None and not _is(s_aux, ((heads,),), DTYPES, k.device):
+        raise ValueError(
+            f"s_aux {_describe(s_aux)}; it must be ({heads},), one of {DTYPES} and {k.device}"
+        )
 
 
 def tracing() -> bool:

@@ -139,9 +139,9 @@ class KVQuantizer(ABC):
 
 def _choose(what: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        close = difflib.get_close_matches(value, allowed, n=3)
-        hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
-        raise ValueError(f"unknown {what}: {value!r}{hint} Allowed: {', '.join(allowed)}")
+        close = difflib.get_close_matches(str(value), allowed, n=3)
+        hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
+        raise ValueError(f"unknown {what}: {value!r}; {hint}Allowed: {', '.join(allowed)}")
 
 
 @cache

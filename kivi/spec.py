@@ -96,6 +96,7 @@ class QuantSpec:
 
     def bits_per_element(self, head_dim: int) -> float:
         """Bits stored for an element, 16-bit scales and zeros counted."""
+        check_count("head_dim", head_dim, 1)
         return self.bits + WORD_BITS * (1 + self.has_zero) / self.group(head_dim)
 
 
@@ -132,6 +133,9 @@ class KVSpec:
 
     def bits_per_element(self, head_dim: int, value_head_dim: int | None = None) -> float:
         """Mean bits of a packed key or value element; 16 for what stays unquantized."""
-        pairs = ((self.key, head_dim), (self.value, value_head_dim or head_dim))
+        value_head_dim = head_dim if value_head_dim is None else value_head_dim
+        check_count("head_dim", head_dim, 1)
+        check_count("value_head_dim", value_head_dim, 1)
+        pairs = ((self.key, head_dim), (self.value, value_head_dim))
         bits = [d * (s.bits_per_element(d) if s else WORD_BITS) for s, d in pairs]
         return sum(bits) / sum(d for _, d in pairs)

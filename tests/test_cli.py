@@ -12,7 +12,7 @@ import pytest
 import torch
 from one_thread import one_thread  # noqa: F401 - a fixture for this module
 from rich.console import Console
-from tiny_model import save_tiny, tiny_tokenizer
+from tiny_models import save_tiny, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from one_thread import one_thread  # noqa: F401 - a fixture for this module
-from tiny_model import tiny_model
+from tiny_models import tiny_bytes
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache, MistralConfig, MistralForCausalLM
@@ -183,7 +183,7 @@ def test_work_counts_short_steps_as_what_they_cost() -> None:
 
 
 def test_prefix_is_loaded_or_prefilled() -> None:
-    model, ids = tiny_model(), torch.randint(257, (2, 9))
+    model, ids = tiny_bytes(), torch.randint(257, (2, 9))
     prefix = feeding.exact_prefix(model, ids)
     assert prefix.complete and prefix.size == feeding.cache_size(prefix.cache)
     loaded = feeding.start_cache(
@@ -257,7 +257,7 @@ def test_summary_by_hand() -> None:
 
 
 def test_lossless_cache_is_lossless_at_any_chunk() -> None:
-    model, texts = tiny_model(), torch.randint(257, (2, 80))
+    model, texts = tiny_bytes(), torch.randint(257, (2, 80))
     exact = decoding.reference(model, texts, prefill=20)
     logits = model(texts).logits[:, 20:-1].double().log_softmax(-1)  # one forward, no cache
     nll = F.nll_loss(logits.flatten(0, 1), texts[:, 21:].flatten(), reduction="none")
@@ -268,7 +268,7 @@ def test_lossless_cache_is_lossless_at_any_chunk() -> None:
 
 
 def test_reference_is_not_changed_by_those_who_use_it() -> None:
-    model, texts = tiny_model(), torch.randint(257, (2, 40))
+    model, texts = tiny_bytes(), torch.randint(257, (2, 40))
     exact = decoding.reference(model, texts, prefill=20)
     before = copy.deepcopy(exact.prefix.cache)
     decoding.compare(model, DynamicCache, exact, chunk=5)
@@ -350,7 +350,7 @@ def test_passkeys_refuse() -> None:
 
 
 def test_recorded_attention_is_the_models() -> None:
-    model, ids = tiny_model(), torch.randint(257, (2, 30))
+    model, ids = tiny_bytes(), torch.randint(257, (2, 30))
     layers = attention_error.record_attention(model, ids)
     cache = model(ids, use_cache=True).past_key_values
     assert len(layers) == 2
@@ -364,7 +364,7 @@ def test_recorded_attention_is_the_models() -> None:
 
 
 def test_attention_that_can_not_be_recorded_is_refused() -> None:
-    model = tiny_model()
+    model = tiny_bytes()
     model.set_attn_implementation("eager")
     with pytest.raises(ValueError, match="does not call"):
         attention_error.record_attention(model, torch.randint(257, (1, 8)))
@@ -391,12 +391,12 @@ def test_attention_under_a_mask_is_not_recorded() -> None:
         attention_error.record_attention(tiny_mistral(), torch.randint(257, (1, 60)))
 
 
-@pytest.mark.parametrize("make_model", [tiny_model, tiny_mistral])
+@pytest.mark.parametrize("make_model", [tiny_bytes, tiny_mistral])
 def test_packed_cache_without_loss_scores_as_exact(make_model: Callable[[], Any]) -> None:
     """With a sliding window no exact prefill can be shared; the cache then runs its own."""
     model, texts = make_model(), torch.randint(257, (2, 90))
     exact = decoding.reference(model, texts, prefill=50)
-    assert exact.prefix.complete == (make_model is tiny_model)
+    assert exact.prefix.complete == (make_model is tiny_bytes)
     made: list[KVCache] = []
 
     def make_cache() -> KVCache:
@@ -430,7 +430,7 @@ class FakeLayer:
 
 
 def test_attention_error_by_hand() -> None:
-    layers = attention_error.record_attention(tiny_model(), torch.randint(257, (2, 30)))
+    layers = attention_error.record_attention(tiny_bytes(), torch.randint(257, (2, 30)))
     made: list[FakeLayer] = []
 
     def make_layer(index: int, x: attention_error.AttentionInputs) -> FakeLayer:
@@ -446,7 +446,7 @@ def test_attention_error_by_hand() -> None:
 
 
 def test_attention_error_of_real_caches_falls_with_bits() -> None:
-    layers = attention_error.record_attention(tiny_model(), torch.randint(257, (2, 200)))
+    layers = attention_error.record_attention(tiny_bytes(), torch.randint(257, (2, 200)))
 
     def errors(name: str, **options: int) -> float:
         scheme = KVQuantizer.get(name, residual_length=32, **options)
@@ -511,7 +511,7 @@ def test_ablation_asks_for_passkeys() -> None:
 
 
 def test_ablation_compares_attention_where_layers_can_be_made() -> None:
-    model, texts = tiny_model(), torch.randint(257, (2, 41))
+    model, texts = tiny_bytes(), torch.randint(257, (2, 41))
     recorded = tuple(attention_error.record_attention(model, texts[:, :-1]))
     task = ablation.Task(texts, prefill=20, chunk=8, attention=recorded)
     candidates = (

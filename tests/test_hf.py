@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+from one_thread import one_thread  # noqa: F401
 from tiny_models import LOSSLESS, NEW, SHAPE, TWO_BIT, close, forward, generate, prompt, state, tiny
-from tiny_models import one_thread as one_thread
 from torch import Tensor
 from transformers import (
     DynamicCache,

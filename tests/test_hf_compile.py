@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 import torch
+from one_thread import one_thread  # noqa: F401
 from tiny_models import LOSSLESS, close, forward, generate, prompt, tiny
-from tiny_models import one_thread as one_thread
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import (

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from one_thread import one_thread  # noqa: F401
 from tiny_models import (
     LOSSLESS,
     NEW,
@@ -22,7 +23,6 @@ from tiny_models import (
     state,
     tiny,
 )
-from tiny_models import one_thread as one_thread
 from torch import Tensor
 from transformers import (
     DynamicCache,

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from one_thread import one_thread  # noqa: F401
 from tiny_models import (
     LOSSLESS,
     NEW,
@@ -15,7 +16,6 @@ from tiny_models import (
     state,
     tiny,
 )
-from tiny_models import one_thread as one_thread
 from torch import Tensor
 from transformers import (
     Cache,

@@ -334,6 +334,9 @@ def test_check_finite_refuses_and_names_the_argument(name, value):
         (torch.zeros(1, 32, 16), ["x", "(1, 32, 16)", "[B, Hkv, T, D]"]),
         (torch.zeros(1, 1, 1, 32, 16), ["x", "[B, Hkv, T, D]"]),
         ([[1.0]], ["x", "list", "[B, Hkv, T, D]"]),
+        (torch.zeros(1, 1, 32, 0), ["x has shape (1, 1, 32, 0)", "only T may be 0"]),
+        (torch.zeros(0, 1, 32, 16), ["x has shape (0, 1, 32, 16)", "only T may be 0"]),
+        (torch.zeros(1, 0, 32, 16), ["x has shape (1, 0, 32, 16)", "only T may be 0"]),
         (
             torch.zeros(1, 1, 32, 16, dtype=torch.float64),
             ["x.dtype=torch.float64", "torch.float16"],

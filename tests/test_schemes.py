@@ -184,8 +184,10 @@ def test_unknown_schemes_list_close_matches():
         KVQuantizer.get("zzz")
     assert "did you mean" not in str(error.value)
     assert all(name in str(error.value) for name in NAMES)
-    with pytest.raises(ValueError, match="unknown scheme: 'zzz'"):
+    with pytest.raises(ValueError, match="unknown scheme: 'zzz'; Allowed: "):
         KVQuantizer.options("zzz")
+    with pytest.raises(ValueError, match="unknown scheme: None; Allowed: "):
+        KVQuantizer.get(None)
 
 
 def test_unknown_options_are_refused_with_those_that_exist():
@@ -219,6 +221,13 @@ def test_values_that_are_not_allowed_are_refused_at_once(name, options, words):
     with pytest.raises(ValueError) as error:
         KVQuantizer.get(name, **options)
     assert all(word in str(error.value) for word in words)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("head_dim", [0, -5, 1.5, None])
+def test_bits_per_element_needs_a_head(name, head_dim):
+    with pytest.raises(ValueError, match=f"head_dim={head_dim} is not allowed"):
+        KVQuantizer.get(name).bits_per_element(head_dim)
 
 
 def test_groups_that_do_not_fit_the_head_are_refused():

@@ -1,10 +1,11 @@
 """Small random models of many architectures, with opinions, and what tests do with them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
     Cache,
@@ -23,6 +24,7 @@ from transformers import (
     Phi3Config,
     Phi3ForCausalLM,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -34,6 +36,7 @@ from kivi.hf import KVCache
 
 LOSSLESS = KVQuantizer.get("full_precision", residual_length=0, sink_length=2)
 TWO_BIT = KVQuantizer.get("kivi", bits=2, residual_length=16)
+BOS = "<|bos|>"
 NEW = 24
 """Tokens that `generate` adds."""
 WINDOW = 48
@@ -125,13 +128,29 @@ def prompt(batch: int = 2, tokens: int = 70, padding: int = 0, seed: int = 0) ->
     return {"input_ids": ids, "attention_mask": mask}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """For the modules that import it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the tensors are tiny
-    yield
-    torch.set_num_threads(threads)
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """One token for each byte, so that digits are single."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {BOS: 0} | {char: i + 1 for i, char in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, pad_token=BOS)
+
+
+def tiny_bytes() -> PreTrainedModel:
+    """A Llama for `tiny_tokenizer`, with heads of 32."""
+    return tiny("llama", vocab_size=257, head_dim=32, bos_token_id=0)
+
+
+def save_tiny(folder: Path) -> Path:
+    """Write model, tokenizer and a text `text.txt` of 12 000 bytes into a folder."""
+    tiny_bytes().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    generator = torch.Generator().manual_seed(1)
+    letters = torch.randint(97, 123, (12_000,), generator=generator).tolist()
+    (folder / "text.txt").write_bytes(bytes(letters))
+    return folder
 
 
 @torch.no_grad()
