@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from functools import cache
 from typing import Any, Literal, NamedTuple, get_args
@@ -30,21 +31,62 @@ def _compiled() -> Ops:
     return Ops(*(torch.compile(op) for op in _EAGER))
 
 
-def get_ops(impl: Impl, spec: KVSpec) -> Ops:
+@cache
+def _triton() -> Any:
+    """The module of the Triton operators, or why there is none."""
+    try:
+        return importlib.import_module("kivi.kernels.triton_ops")
+    except ImportError as error:
+        return f"Triton cannot be imported ({error})"
+
+
+def _triton_ops(
+    spec: KVSpec,
+    head_dims: tuple[int, int] | None,
+    dtype: torch.dtype | None,
+    device: torch.device | None,
+) -> Ops | str:
+    """The Triton operators, or what keeps them from serving."""
+    triton = _triton()
+    if isinstance(triton, str):
+        return triton
+    if head_dims is not None and dtype is not None and device is not None:
+        reason = triton.supports(spec, head_dims, dtype, device)
+        if reason is not None:
+            return str(reason)
+    return Ops(triton.quantize_pack, triton.decode_attention, reference.extend_attention)
+
+
+def get_ops(
+    impl: Impl,
+    spec: KVSpec,
+    head_dims: tuple[int, int] | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+) -> Ops:
     """The operators of an implementation.
 
     Args:
-        impl: "eager" (plain torch), "compile" (the same through torch.compile), "triton", or
-            "auto", which alone may choose.
+        impl: "eager" (plain torch), "compile" (the same through torch.compile), "triton" (kernels),
+            or "auto", which alone may choose: kernels on a GPU where they can serve, else eager.
         spec: what the operators must be able to take.
+        head_dims: of keys and values; without these three, only `impl` itself is checked.
+        dtype: of the cache.
+        device: where it lives.
 
     Raises:
-        ValueError: for an unknown implementation, or one that cannot take `spec`.
+        ValueError: for an unknown implementation, or one that cannot take what is asked.
     """
     check_choice("impl", impl, get_args(Impl))
-    if impl == "triton":
-        raise ValueError(
-            f"impl='triton' cannot serve {spec}: this version has no Triton kernels; "
-            "choose from 'auto', 'eager', 'compile'"
-        )
-    return _compiled() if impl == "compile" else _EAGER
+    if impl == "compile":
+        return _compiled()
+    if impl == "triton" or (impl == "auto" and device is not None and device.type == "cuda"):
+        ops = _triton_ops(spec, head_dims, dtype, device)
+        if isinstance(ops, Ops):
+            return ops
+        if impl == "triton":
+            raise ValueError(
+                f"impl='triton' cannot serve this cache: {ops}; "
+                "choose from 'auto', 'eager', 'compile'"
+            )
+    return _EAGER

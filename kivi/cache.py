@@ -13,9 +13,9 @@ from torch import Tensor
 
 from kivi import checks, store
 from kivi.attention import Impl, get_ops
-from kivi.kernels.reference import CacheView
 from kivi.pages import CacheBytes, PagePool, PageTable, page_count
 from kivi.spec import KVSpec, check_choice, check_count
+from kivi.view import CacheView
 
 
 class LayerCache:
@@ -61,11 +61,11 @@ class LayerCache:
             check_count("max_length", max_length, 1)
         check_choice("dtype", dtype, checks.DTYPES)
         spec.bits_per_element(head_dim, value_head_dim)  # raises where one does not fit
-        self._ops = get_ops(impl, spec)
         self.spec, self.max_length, self.check_finite = spec, max_length, check_finite
         self.batch_size, self.num_kv_heads = batch_size, num_kv_heads
         self.head_dim, self.value_head_dim, self.dtype = head_dim, value_head_dim, dtype
         self.device = checks.check_device(device)
+        self._ops = get_ops(impl, spec, (head_dim, value_head_dim), dtype, self.device)
         columns = None
         if max_length is not None:
             columns = max(1, page_count(max_length - spec.sink_length - spec.residual_length))

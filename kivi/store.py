@@ -8,9 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kivi.kernels.reference import CacheView, exact_positions, gather_pages
+from kivi.kernels.reference import exact_positions, gather_pages
 from kivi.packing import units_per_tile
 from kivi.spec import PAGE_TOKENS, TILE_ROWS, KVSpec
+from kivi.view import CacheView
 
 SLACK = TILE_ROWS
 """Tokens that fit into the ring before a unit must have left it."""

@@ -16,7 +16,6 @@ from kivi.attention import get_ops
 from kivi.kernels import reference
 from kivi.kernels.reference import (
     NOTHING,
-    CacheView,
     decode_attention,
     exact_positions,
     extend_attention,
@@ -25,6 +24,7 @@ from kivi.kernels.reference import (
     partial_attention,
 )
 from kivi.quantize import Pages, dequantize, empty_pages, quantize
+from kivi.view import CacheView
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 SLACK = 32

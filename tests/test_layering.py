@@ -21,6 +21,7 @@ LAYERS = (
     ("kivi.packing",),
     ("kivi.grids", "kivi.transforms"),
     ("kivi.quantize",),
+    ("kivi.view",),
     ("kivi.kernels.reference", "kivi.kernels.triton_*"),
     ("kivi.kernels",),
     ("kivi.pages",),

@@ -6,17 +6,15 @@ exp, so that no dense copy of a long cache is ever made.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kivi.quantize import Pages, dequantize_pages, quantize_pack
 from kivi.spec import PAGE_TOKENS, KVSpec, QuantSpec
+from kivi.view import CacheView
 
 __all__ = [
-    "CacheView",
     "decode_attention",
     "exact_positions",
     "extend_attention",
@@ -31,25 +29,6 @@ NOTHING = -1e30
 # Elements of a block of scores that may exist at a time (float32: 1 GiB).
 BLOCK_SCORES = 2**28
 BLOCK_PAGES = 64
-
-
-class CacheView(NamedTuple):
-    """A layer's state as the operators see it; tensors only.
-
-    `key`, `value`: the pool's pages. `table [B, n]` int64: page of each 512 packed tokens.
-    `packed [B]` int64: packed tokens of each row. `exact_key`, `exact_value` `[B, Hkv, E, D]`:
-    S sink slots, then a ring of W slots, then one bin. `length [B]` int64: tokens of each row.
-    Token p of a row is sink slot p if p < S; packed token p - S if p < S + packed; else it lies in
-    ring slot (p - S) mod W.
-    """
-
-    key: Pages
-    value: Pages
-    table: Tensor
-    packed: Tensor
-    exact_key: Tensor
-    exact_value: Tensor
-    length: Tensor
 
 
 def exact_positions(view: CacheView, sinks: int) -> tuple[Tensor, Tensor]:

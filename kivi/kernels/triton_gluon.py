@@ -1,0 +1,349 @@
+"""decode_attention on NVIDIA GPUs from sm_80 on, for the formats that matter: what makes it fast.
+
+One warp a program, as many programs as fit on the GPU at once, all with the same share of work. A
+program's share is a run of *steps* (up to 128 packed tokens each, or 64 slots of the exact window)
+in the list of all (row, kv head)s' steps, so ragged batches balance; a (row, head) that several
+programs work on is merged by `combine`.
+
+Scores are `[tokens, heads]` = words x query; the query carries the keys' scale. Their exponentials
+are transposed in registers and become, multiplied by the values' scale, the other operand of
+`[channels, heads]` = words^T x probabilities. Copies into shared memory are issued as soon as a
+buffer has been read, about half a step ahead of their use.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+
+from kivi.kernels.triton_gluon_steps import (
+    LOG2_E,
+    NOTHING,
+    cap,
+    column,
+    exact,
+    fetch_exact,
+    fetch_key_groups,
+    fetch_keys,
+    fetch_value_groups,
+    fetch_values,
+    headroom,
+    join_aux,
+    rescale,
+    scaled_query,
+    units,
+)
+from kivi.kernels.triton_tile_gluon import (
+    FLAT,
+    MMA,
+    OPERAND_A,
+    OPERAND_B,
+    PLAIN,
+    columns,
+    direct_planes,
+    heads_as_rows,
+    move_down,
+    per_code,
+    planes,
+    scales_layout,
+    swizzled,
+    transpose_blocks,
+    upper_byte,
+    view_as,
+)
+
+
+@gluon.jit(do_not_specialize=["B", "Hkv", "blocks", "rows", "T", "pages", "slots", "sinks"])
+def decode_kernel(
+    q_ptr, kw, ks, kz, vw, vs, vz, table, packed, xk, xv, length, query_position,
+    part, part_ml, out, lse, s_aux,
+    scale, softcap, B, Hkv, blocks, rows, T, pages, slots, sinks,
+    D: gl.constexpr, KB: gl.constexpr, VB: gl.constexpr, KG: gl.constexpr, VG: gl.constexpr,
+    K_ZERO: gl.constexpr, V_ZERO: gl.constexpr, NP: gl.constexpr, ROWS: gl.constexpr,
+    SINGLE: gl.constexpr,
+):  # fmt: skip
+    """See the module. `rows` = query heads of a kv head times T; a program takes 8 of them.
+
+    NP planes of 32 tokens make a step. K_ZERO, V_ZERO: factors of `kz` and `vz`: 1, or for a
+    symmetric grid, which derives its zeros, its zero over its scale (and `kz` is `ks`). ROWS: B
+    rounded up to a power of 2. SINGLE: a program for each (row, head, block) writes `out` and
+    `lse`; else partial sums go to `part` and `part_ml`.
+    """
+    dtype: gl.constexpr = q_ptr.dtype.element_ty
+    NG: gl.constexpr = D // VG
+    STEP: gl.constexpr = 32 * NP
+    SPP: gl.constexpr = 512 // STEP  # steps a page
+    SPK: gl.constexpr = 16 // KB // NP  # steps a tile
+    SPV: gl.constexpr = 16 // VB // NP
+    ROOM: gl.constexpr = headroom(dtype)
+    LIFT: gl.constexpr = 0.5 if dtype == gl.float16 else 2.0**64
+    CENTRE: gl.constexpr = 2.0 ** (KB - 1) - 0.5
+    CENTRED: gl.constexpr = KG > 32 or K_ZERO != 1.0
+    ONES: gl.constexpr = NG < 8  # room for a column of ones beside the zeros
+    HEADS: gl.constexpr = gl.SliceLayout(0, MMA)
+    k_words = gl.allocate_shared_memory(gl.int16, [1, 32, D], swizzled(D))
+    v_words = gl.allocate_shared_memory(gl.int16, [NG, 32, VG], swizzled(VG))
+    k_scale = gl.allocate_shared_memory(dtype, [(STEP + KG - 1) // KG, D], FLAT)
+    k_zero = gl.allocate_shared_memory(dtype, [16, D], swizzled(D))
+    v_scale = gl.allocate_shared_memory(dtype, [NP, 32, NG], PLAIN)
+    v_zero = gl.allocate_shared_memory(
+        dtype, [NP, 32] if NG == 1 else [NP, 32, 8], FLAT if NG == 1 else PLAIN
+    )
+    if NG > 1:
+        ones = gl.full(
+            [STEP, 8], 1.0, dtype, layout=gl.BlockedLayout([1, 8], [32, 1], [1, 1], [1, 0])
+        )
+        view_as(v_zero, dtype, [STEP, 8], PLAIN).store(ones)
+
+    heads = Hkv * blocks
+    exact_tiles = (slots + 31) // 32
+    exact_steps = (exact_tiles + 1) // 2
+    program = gl.program_id(0)
+    steps_of, ends = units(packed, B, heads, exact_steps, STEP, ROWS)
+    row_index = gl.arange(0, ROWS, layout=ends.type.layout)
+    total = gl.max(ends, 0)
+    share = (total + gl.num_programs(0) - 1) // gl.num_programs(0)
+    at = program * share
+    stop = gl.minimum(at + share, total)
+    if SINGLE:
+        b0 = program // heads
+        at = gl.sum(gl.where(row_index < b0, steps_of, 0), 0)
+        own = gl.sum(gl.where(row_index == b0, steps_of, 0), 0) // heads
+        at += (program % heads) * own
+        stop = at + own
+
+    r8 = gl.arange(0, 8, layout=HEADS)
+    t32 = gl.arange(0, 32, layout=gl.SliceLayout(1, MMA))
+    row16 = gl.arange(0, 16, layout=gl.SliceLayout(1, MMA))
+    while at < stop:
+        # Which (row, head, block of queries), and which of its steps
+        b = gl.sum((ends <= at).to(gl.int32), 0)
+        before = gl.sum(gl.where(row_index < b, steps_of, 0), 0)
+        own = gl.sum(gl.where(row_index == b, steps_of, 0), 0) // heads
+        unit = (at - before) // own
+        first = at - before - unit * own
+        count = gl.minimum(stop - at, own - first)
+        h = unit // blocks
+        block = unit % blocks
+        n = gl.load(packed + b).to(gl.int32)
+        steps = own - exact_steps
+        hi = gl.minimum(first + count, steps)
+
+        qr = block * 8 + gl.arange(0, 8, layout=gl.SliceLayout(0, OPERAND_B))
+        d = gl.arange(0, D, layout=gl.SliceLayout(1, OPERAND_B))
+        q_at = ((b * Hkv + h) * rows).to(gl.int64) * D
+        q = gl.load(q_ptr + q_at + qr[None, :] * D + d[:, None], mask=qr[None, :] < rows, other=0.0)
+        # The largest power of 2 in q goes into the scores, so that q * scale stays in range.
+        power = gl.max(gl.max(gl.abs(q.to(gl.float32)), 1), 0)
+        power = (power.to(gl.int32, bitcast=True) & 0x7F800000).to(gl.float32, bitcast=True)
+        power = gl.maximum(power, 1e-30)
+        q = (q.to(gl.float32) * (LIFT / power)).to(dtype)
+        unit_score = scale * LOG2_E * power
+
+        m = gl.full([8], NOTHING, gl.float32, layout=HEADS)
+        lsum = gl.zeros([8], gl.float32, layout=HEADS)
+        acc = ()
+        for _ in gl.static_range(NG):
+            acc = acc + (gl.zeros([VG, 8], gl.float32, layout=MMA),)
+        zacc = gl.zeros([16, 8], gl.float32, layout=MMA)
+
+        if first < hi:
+            row_table = table + b * pages
+            page = gl.load(row_table + first // SPP)
+            next_page = gl.load(row_table + gl.minimum(first + 1, hi - 1) // SPP)
+            sub = first % SPP
+            at_page = page * Hkv + h
+            last = gl.minimum((n - first * STEP) // 32, NP) - 1
+            fetch_keys(k_words.index(0), kw, at_page, sub, KB, SPK, D)
+            async_copy.commit_group()
+            fetch_key_groups(k_scale, k_zero, ks, kz, at_page, sub, last, KG, NP, D, CENTRED)
+            async_copy.commit_group()
+            fetch_values(v_words, vw, at_page, sub, VB, SPV, NG, VG)
+            async_copy.commit_group()
+            fetch_value_groups(v_scale, v_zero, vs, vz, at_page, sub, last, NP, NG)
+            async_copy.commit_group()
+            for step in range(first, hi):
+                last = gl.minimum((n - step * STEP) // 32, NP) - 1
+                step1 = step + 1
+                more = step1 < hi
+                sub1 = step1 % SPP
+                page1 = next_page * Hkv + h
+                last1 = gl.minimum((n - step1 * STEP) // 32, NP) - 1
+                next_page = gl.load(row_table + gl.minimum(step + 2, hi - 1) // SPP)
+                # Scores
+                async_copy.wait_group(2)
+                words = k_words.index(0).load(OPERAND_A)
+                if more & (step1 % SPK == 0):
+                    fetch_keys(k_words.index(0), kw, page1, sub1, KB, SPK, D)
+                async_copy.commit_group()
+                if SPK > 1:
+                    words = move_down(words, (step % SPK) * (NP * KB))
+                direct: gl.constexpr = direct_planes(KB)
+                if NP > direct:
+                    upper = upper_byte(words)
+                zq = mma_v2(k_zero.load(OPERAND_A), q, gl.zeros([16, 8], gl.float32, layout=MMA))
+                zq = zq * (unit_score * (1.0 / LIFT))
+                s = ()
+                for i in gl.static_range(NP):
+                    if (i * 32) % KG == 0:
+                        scales = k_scale.index(i * 32 // KG).load(gl.SliceLayout(1, OPERAND_B))
+                        z = gl.where(row16[:, None] == i, zq * K_ZERO, 0.0)
+                        if CENTRED:
+                            # The rounding of qs shifts all scores of a group by its sum times the
+                            # mean code: taken out, since the sum of q * scale is known better.
+                            qs = q * scales[:, None]
+                            z = gl.where(row16[:, None] == 8 + i, zq * CENTRE, z)
+                            one = gl.full([32, D], 1.0, dtype, layout=OPERAND_A)
+                            x = mma_v2(one, qs, gl.zeros([32, 8], gl.float32, layout=MMA))
+                            bias = gl.sum(z, 0)[None, :] - x * (unit_score * (CENTRE / LIFT))
+                        else:
+                            qs = scaled_query(q, scales, D)
+                            bias = gl.sum(z, 0)[None, :]
+                    codes = planes(words if i < direct else upper, KB, i % direct, dtype)
+                    x = mma_v2(codes, qs, gl.zeros([32, 8], gl.float32, layout=MMA))
+                    x = x * (unit_score * per_code(dtype, KB, i % direct, LIFT)) + bias
+                    s = s + (cap(x, softcap),)
+                if last < NP - 1:
+                    some = ()
+                    for i in gl.static_range(NP):
+                        some = some + (s[i] + gl.where(i <= last, 0.0, float("-inf")),)
+                    s = some
+                if more:
+                    fetch_key_groups(
+                        k_scale, k_zero, ks, kz, page1, sub1, last1, KG, NP, D, CENTRED
+                    )
+                async_copy.commit_group()
+                # Probabilities
+                async_copy.wait_group(2)
+                top = s[0]
+                for i in gl.static_range(1, NP):
+                    top = gl.maximum(top, s[i])
+                new_m = gl.max(top, 0)
+                if dtype == gl.float16:
+                    # p * 2^12 * scale must not overflow: see the portable kernel
+                    flat: gl.constexpr = gl.BlockedLayout([8], [32], [1], [0])
+                    every = view_as(v_scale, dtype, [STEP * NG], FLAT).load(flat)
+                    largest = gl.max(every, 0).to(gl.float32)
+                    new_m += gl.log2(gl.maximum(largest, 0.125))
+                new_m = gl.maximum(m, new_m)
+                acc, zacc, alpha = rescale(acc, zacc, m, new_m)
+                m = new_m
+                shift = m - ROOM
+                lsum = lsum * alpha
+                probabilities = ()
+                v_direct: gl.constexpr = direct_planes(VB)
+                for i in gl.static_range(NP):
+                    p = gl.exp2(s[i] - shift[None, :])
+                    if not ONES:
+                        lsum += gl.sum(p, 0)
+                    p = transpose_blocks(p.to(dtype))
+                    if NG == 1:
+                        z = v_zero.index(i).load(gl.SliceLayout(1, OPERAND_B))
+                        is_zero = gl.arange(0, 8, layout=gl.SliceLayout(0, OPERAND_B)) == 0
+                        one = gl.full([32, 8], 1.0, dtype, layout=OPERAND_B)
+                        z = gl.where(is_zero[None, :], z[:, None], one)
+                    else:
+                        z = v_zero.index(i).load(OPERAND_B)
+                    zacc = mma_v2(heads_as_rows(p), z, zacc)
+                    if i % v_direct != 0:
+                        p = (p * (1.0 / 2.0 ** (VB * (i % v_direct)))).to(dtype)
+                    by_group = columns(v_scale.index(i).load(scales_layout(NG)), NG)
+                    scaled = ()
+                    for g in gl.static_range(NG):
+                        x = p * by_group[g][:, None]
+                        scaled = scaled + (gl.convert_layout(x, OPERAND_B, assert_trivial=True),)
+                    probabilities = probabilities + (scaled,)
+                # Values
+                new_acc = ()
+                for g in gl.static_range(NG):
+                    words = v_words.index(g).permute((1, 0)).load(OPERAND_A)
+                    if SPV > 1:
+                        words = move_down(words, (step % SPV) * (NP * VB))
+                    if NP > v_direct:
+                        upper = upper_byte(words)
+                    a = acc[g]
+                    for i in gl.static_range(NP):
+                        codes = planes(words if i < v_direct else upper, VB, i % v_direct, dtype)
+                        a = mma_v2(codes, probabilities[i][g], a)
+                    new_acc = new_acc + (a,)
+                acc = new_acc
+                if more & (step1 % SPV == 0):
+                    fetch_values(v_words, vw, page1, sub1, VB, SPV, NG, VG)
+                async_copy.commit_group()
+                if more:
+                    fetch_value_groups(v_scale, v_zero, vs, vz, page1, sub1, last1, NP, NG)
+                async_copy.commit_group()
+        async_copy.wait_group(0)
+        # From here on in units of values
+        to_values: gl.constexpr = per_code(dtype, 1, 0, 2.0**ROOM)
+        mass = lsum * 2.0**-ROOM
+        if ONES:
+            mass = column(zacc, 1 if NG == 1 else NG) * 2.0**-ROOM
+        values = ()
+        for g in gl.static_range(NG):
+            z = column(zacc, g) * (V_ZERO * 2.0**-ROOM)
+            values = values + (acc[g] * to_values + z[None, :],)
+
+        # Exact slots
+        tile0 = gl.maximum(first - steps, 0) * 2
+        tile1 = gl.minimum(gl.maximum(first + count - steps, 0) * 2, exact_tiles)
+        if tile0 < tile1:
+            tokens = gl.load(length + b).to(gl.int32)
+            my_q = block * 8 + r8
+            seen_to = gl.load(query_position + b * T + my_q % T).to(gl.int32)
+            k_rows = xk + ((b * Hkv + h) * (slots + 1)).to(gl.int64) * D
+            v_rows = xv + ((b * Hkv + h) * (slots + 1)).to(gl.int64) * D
+            slot = tile0 * 32 + t32
+            position, seen = exact(slot, tokens, n, slots, sinks)
+            fetch_exact(k_words, k_rows, tile0, seen, 1, D)
+            async_copy.commit_group()
+            fetch_exact(v_words, v_rows, tile0, seen, NG, VG)
+            async_copy.commit_group()
+            for tile in range(tile0, tile1):
+                position, seen = exact(tile * 32 + t32, tokens, n, slots, sinks)
+                _at, next_seen = exact(tile * 32 + 32 + t32, tokens, n, slots, sinks)
+                async_copy.wait_group(1)
+                k_tile = k_words.index(0).load(OPERAND_A).to(dtype, bitcast=True)
+                if tile + 1 < tile1:
+                    fetch_exact(k_words, k_rows, tile + 1, next_seen, 1, D)
+                async_copy.commit_group()
+                x = mma_v2(k_tile, q, gl.zeros([32, 8], gl.float32, layout=MMA))
+                x = cap(x * (unit_score * (1.0 / LIFT)), softcap)
+                allowed = seen[:, None] & (position[:, None] <= seen_to[None, :])
+                x = gl.where(allowed, x, float("-inf"))
+                new_m = gl.maximum(m, gl.max(x, 0))
+                alpha = gl.exp2(m - new_m)
+                m = new_m
+                p = gl.exp2(x - m[None, :])
+                mass = mass * alpha + gl.sum(p, 0)
+                p = gl.convert_layout(transpose_blocks(p.to(dtype)), OPERAND_B, assert_trivial=True)
+                async_copy.wait_group(1)
+                new_values = ()
+                for g in gl.static_range(NG):
+                    v_tile = (
+                        v_words.index(g).permute((1, 0)).load(OPERAND_A).to(dtype, bitcast=True)
+                    )
+                    new_values = new_values + (mma_v2(v_tile, p, values[g] * alpha[None, :]),)
+                values = new_values
+                if tile + 1 < tile1:
+                    fetch_exact(v_words, v_rows, tile + 1, next_seen, NG, VG)
+                async_copy.commit_group()
+            async_copy.wait_group(0)
+
+        ch = gl.arange(0, VG, layout=gl.SliceLayout(1, MMA))
+        if SINGLE:
+            my_q = block * 8 + r8
+            head = h * (rows // T) + my_q // T
+            m, mass, weight = join_aux(m, mass, s_aux, head, my_q < rows)
+            o_at = q_at + my_q[None, :] * D + ch[:, None]
+            for g in gl.static_range(NG):
+                o = (values[g] * weight[None, :]).to(out.dtype.element_ty)
+                gl.store(out + o_at + g * VG, o, mask=my_q[None, :] < rows)
+            total_lse = gl.where(mass > 0, (m + gl.log2(mass)) / LOG2_E, NOTHING)
+            gl.store(lse + (b * Hkv + h) * rows + my_q, total_lse, mask=my_q < rows)
+        else:
+            slot_at = (program + b * heads + unit).to(gl.int64)
+            for g in gl.static_range(NG):
+                gl.store(part + (slot_at * 8 + r8[None, :]) * D + g * VG + ch[:, None], values[g])
+            gl.store(part_ml + slot_at * 16 + r8, m)
+            gl.store(part_ml + slot_at * 16 + 8 + r8, mass)
+        at += count

@@ -1,0 +1,176 @@
+"""What a step of the Gluon kernel fetches, and which steps there are."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from kivi.kernels.triton_tile_gluon import (
+    MMA,
+    OPERAND_B,
+    PLAIN,
+    copy_exact,
+    copy_groups,
+    copy_rows,
+    copy_zeros,
+    product_error,
+    view_as,
+)
+
+LOG2_E = gl.constexpr(1.4426950408889634)
+NOTHING = gl.constexpr(-1e30)
+
+
+@gluon.constexpr_function
+def headroom(dtype):
+    """Probabilities are kept times 2^this: float16 ones must not vanish, bfloat16 products not."""
+    return 12.0 if dtype == gl.float16 else 64.0
+
+
+@gluon.jit
+def _add(a, b):
+    return a + b
+
+
+@gluon.jit
+def units(packed, B, heads, exact_steps, STEP: gl.constexpr, ROWS: gl.constexpr):
+    """Steps of all of each row's heads, and their running sum, `[ROWS]`."""
+    layout: gl.constexpr = gl.BlockedLayout([max(1, ROWS // 32)], [32], [1], [0])
+    row = gl.arange(0, ROWS, layout=layout)
+    tokens = gl.load(packed + row, mask=row < B, other=0).to(gl.int32)
+    steps = gl.where(row < B, ((tokens + STEP - 1) // STEP + exact_steps) * heads, 0)
+    return steps, gl.associative_scan(steps, 0, _add)
+
+
+@gluon.jit
+def fetch_keys(words, source, unit, sub, bits: gl.constexpr, SPT: gl.constexpr, D: gl.constexpr):
+    """The word tile of a step; SPT steps share a tile."""
+    tile = unit * bits + sub // SPT
+    copy_rows(words, source + tile * (32 * D), 32, D, D)
+
+
+@gluon.jit
+def fetch_values(
+    words,
+    source,
+    unit,
+    sub,
+    bits: gl.constexpr,
+    SPT: gl.constexpr,
+    NG: gl.constexpr,
+    VG: gl.constexpr,
+):
+    """The word tile of a step as `[NG, 32, VG]`."""
+    tile = unit * bits + sub // SPT
+    for g in gl.static_range(NG):
+        copy_rows(words.index(g), source + tile * (32 * NG * VG) + g * VG, 32, VG, NG * VG)
+
+
+@gluon.jit
+def fetch_key_groups(
+    scales,
+    zeros,
+    ks,
+    kz,
+    unit,
+    sub,
+    last,
+    G: gl.constexpr,
+    NP: gl.constexpr,
+    D: gl.constexpr,
+    BOTH: gl.constexpr,
+):
+    """Scales by group; by plane 8 rows of zeros and, if BOTH, 8 of scales, the last repeated."""
+    count: gl.constexpr = (NP * 32 + G - 1) // G
+    first = (unit * (512 // G) + sub * (NP * 32) // G) * D
+    flat = view_as(scales, scales.dtype, [count, D], PLAIN)
+    copy_groups(flat, ks + first, count, D, last * 32 // G, 1, 1)
+    copy_groups(zeros.slice(0, 8), kz + first, 8, D, last, 32, G)
+    if BOTH:
+        copy_groups(zeros.slice(8, 8), ks + first, 8, D, last, 32, G)
+
+
+@gluon.jit
+def fetch_value_groups(scales, zeros, vs, vz, unit, sub, last, NP: gl.constexpr, NG: gl.constexpr):
+    """Scales and zeros of the step's tokens."""
+    first = (unit * 512 + sub * (NP * 32)) * NG
+    flat = view_as(scales, scales.dtype, [NP, 32 * NG], PLAIN)
+    copy_groups(flat, vs + first, NP, 32 * NG, last, 1, 1)
+    copy_zeros(zeros, vz + first, NP * 32, NG, last)
+
+
+@gluon.jit
+def exact(slot, tokens, packed, slots, sinks):
+    """Position of the token in an exact slot, and whether it is part of the row."""
+    ring = slots - sinks
+    newest = tokens - 1 - sinks
+    behind = (newest - (slot - sinks) + ring) % ring
+    position = gl.where(slot < sinks, slot, sinks + newest - behind)
+    seen = gl.where(slot < sinks, slot < tokens, (position >= sinks + packed) & (newest >= 0))
+    return position, seen & (slot < slots)
+
+
+@gluon.jit
+def fetch_exact(target, source, tile, seen, NG: gl.constexpr, VG: gl.constexpr):
+    """32 exact slots as `[NG, 32, VG]`."""
+    for g in gl.static_range(NG):
+        copy_exact(target.index(g), source + tile * (32 * NG * VG) + g * VG, seen, VG, NG * VG)
+
+
+@gluon.jit
+def scaled_query(q, scales, D: gl.constexpr):
+    """`q [D, 8] * scales [D]`, with the rounding of half of the products carried into the others.
+
+    The scores of a whole group shift by the sum of these errors; carried over, it halves in square.
+    """
+    halves = q.reshape([D // 16, 2, 8, 8])
+    q0, q1 = gl.split(gl.permute(halves, (0, 2, 3, 1)))
+    s0, s1 = gl.split(gl.permute(scales.reshape([D // 16, 2, 8]), (0, 2, 1)))
+    s0 = gl.convert_layout(s0, gl.SliceLayout(2, q0.type.layout), assert_trivial=True)[:, :, None]
+    s1 = gl.convert_layout(s1, gl.SliceLayout(2, q0.type.layout), assert_trivial=True)[:, :, None]
+    first = q0 * s0
+    s0, _a = gl.broadcast(s0, q0)
+    s1, _b = gl.broadcast(s1, q1)
+    second = gl.fma(q1, s1, product_error(q0, s0, first))
+    both = gl.permute(gl.join(first, second), (0, 3, 1, 2)).reshape([D, 8])
+    return gl.convert_layout(both, OPERAND_B, assert_trivial=True)
+
+
+@gluon.jit
+def cap(s, softcap):
+    """Scores in units of log 2 become softcap * tanh(score / softcap)."""
+    if softcap is not None:
+        top = softcap * LOG2_E
+        s = top - 2 * top / (gl.exp2(s * (2 * LOG2_E / top)) + 1)
+    return s
+
+
+@gluon.jit
+def rescale(acc, zacc, m, new_m):
+    """Running sums under a new maximum."""
+    alpha = gl.exp2(m - new_m)
+    scaled = ()
+    for g in gl.static_range(len(acc)):
+        scaled = scaled + (acc[g] * alpha[None, :],)
+    twice = gl.permute(gl.join(alpha, alpha), (1, 0)).reshape([16])
+    return scaled, zacc * gl.convert_layout(twice, gl.SliceLayout(1, MMA))[:, None], alpha
+
+
+@gluon.jit
+def column(zacc, column: gl.constexpr):
+    """A column of sums `[16 (8 heads), 8]`, by heads as columns of MMA."""
+    c = gl.arange(0, 8, layout=gl.SliceLayout(0, MMA))
+    x = gl.sum(gl.where(c[None, :] == column, zacc, 0.0), 1)
+    x, _ = gl.split(gl.permute(x.reshape([2, 8]), (1, 0)))
+    return gl.convert_layout(x, gl.SliceLayout(0, MMA))
+
+
+@gluon.jit
+def join_aux(m, mass, s_aux, head, real):
+    """Maximum and mass with each head's virtual key, and what 1 / mass weighs the sums with."""
+    weight = gl.full([8], 1.0, gl.float32, layout=gl.SliceLayout(0, MMA))
+    if s_aux is not None:
+        aux = gl.load(s_aux + head, mask=real, other=0.0).to(gl.float32) * LOG2_E
+        top = gl.maximum(m, aux)
+        weight = gl.exp2(m - top)
+        mass = mass * weight + gl.exp2(aux - top)
+        m = top
+    return m, mass, gl.where(mass > 0, weight / mass, 0.0)

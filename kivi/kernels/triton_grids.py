@@ -1,0 +1,118 @@
+"""grids.py inside a kernel: the same arithmetic, operation by operation, so that bytes are equal.
+
+Elements of groups have 3 dimensions, groups along axis 1 (CHANNEL), or 4, groups along 2 and 3.
+LIMIT, EPS and LEAST are the largest value of the metadata's dtype, the step above 1, and the least
+scale.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# 1.5 * 2^23: adding it rounds a float32 below 2^22 to an integer, half to even. As int32, the sum
+# has that integer in its low bits, and no other bit set in the low 16.
+ROUND = tl.constexpr(12582912.0)
+
+
+@triton.jit
+def _multiply(a, b):
+    """`a * b`, rounded: a plain product would be contracted with the sum that takes it."""
+    return tl.fma(a, b, 0.0)
+
+
+@triton.jit
+def _store(x, LIMIT: tl.constexpr, EPS: tl.constexpr, LEAST: tl.constexpr):
+    """`grids._store`."""
+    x = tl.minimum(tl.maximum(x, -LIMIT), LIMIT)
+    if EPS == 2.0**-10:  # float16, subnormals included, rounds this way in hardware
+        return x.to(tl.float16).to(tl.float32)
+    bits = x.to(tl.int32, bitcast=True)
+    step = tl.maximum((bits & 0x7F800000).to(tl.float32, bitcast=True) * EPS, LEAST)
+    inverse = (0x7F000000 - step.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+    size = (tl.abs(x) * inverse + ROUND - ROUND) * step
+    return (size.to(tl.int32, bitcast=True) | (bits & -2147483648)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _store_scale(scale, spread, LIMIT: tl.constexpr, EPS: tl.constexpr, LEAST: tl.constexpr):
+    """`grids._store_scale`."""
+    return tl.where(spread > 0, tl.maximum(_store(scale, LIMIT, EPS, LEAST), LEAST), 0.0)
+
+
+# Not tl.min and tl.max: they take float16 to float32 first, and two elements fit into a register.
+@triton.jit
+def _min(x, CHANNEL: tl.constexpr):
+    if not CHANNEL:
+        x = tl.reduce(x, 3, tl.standard._elementwise_min, keep_dims=True)
+    axis: tl.constexpr = 1 if CHANNEL else 2
+    return tl.reduce(x, axis, tl.standard._elementwise_min, keep_dims=True).to(tl.float32)
+
+
+@triton.jit
+def _max(x, CHANNEL: tl.constexpr):
+    if not CHANNEL:
+        x = tl.reduce(x, 3, tl.standard._elementwise_max, keep_dims=True)
+    axis: tl.constexpr = 1 if CHANNEL else 2
+    return tl.reduce(x, axis, tl.standard._elementwise_max, keep_dims=True).to(tl.float32)
+
+
+@triton.jit
+def _sum(x, CHANNEL: tl.constexpr):
+    if not CHANNEL:
+        x = tl.sum(x, 3, keep_dims=True)
+    axis: tl.constexpr = 1 if CHANNEL else 2
+    return tl.sum(x, axis, keep_dims=True)
+
+
+@triton.jit
+def fit(
+    raw,
+    BITS: tl.constexpr,
+    GRID: tl.constexpr,
+    OFFSET: tl.constexpr,
+    CHANNEL: tl.constexpr,
+    LIMIT: tl.constexpr,
+    EPS: tl.constexpr,
+    LEAST: tl.constexpr,
+):
+    """`grids.fit`: scale and zero, float32. What takes no part in a group is NaN in `raw`."""
+    TOP: tl.constexpr = 2**BITS - 1
+    x = raw.to(tl.float32)
+    # Infinities become NaN. float16 stays float16 here.
+    finite = raw * 0.0 + raw if raw.dtype == tl.float16 else tl.fma(x, 0.0, x)
+    if GRID == "symmetric":
+        STEPS: tl.constexpr = 0.5 if BITS == 1 else 2.0 ** (BITS - 1) - 1
+        spread = tl.maximum(_max(tl.abs(finite), CHANNEL), 0.0)
+        scale = _store_scale(spread * (1.0 / STEPS), spread, LIMIT, EPS, LEAST)
+        zero = _multiply(scale, -OFFSET)
+    else:
+        low = _min(finite, CHANNEL)
+        high = _max(finite, CHANNEL)
+        zero = _store(tl.where(low <= high, low, 0.0), LIMIT, EPS, LEAST)
+        spread = tl.where(low <= high, high, 0.0) - zero
+        scale = _store_scale(spread * (1.0 / TOP), spread, LIMIT, EPS, LEAST)
+    if GRID == "least_squares":
+        counts = finite == finite
+        codes = encode(x, scale, zero, BITS) - ROUND
+        count = tl.maximum(_sum(tl.where(counts, 1.0, 0.0), CHANNEL), 1.0)
+        y = tl.where(counts, x - zero, 0.0)
+        code_mean = tl.math.div_rn(_sum(tl.where(counts, codes, 0.0), CHANNEL), count)
+        mean = tl.math.div_rn(_sum(y, CHANNEL), count)
+        centred = tl.where(counts, codes - code_mean, 0.0)
+        variance = _sum(_multiply(centred, centred), CHANNEL)
+        product = _sum(_multiply(centred, y - mean), CHANNEL)
+        slope = tl.math.div_rn(product, tl.maximum(variance, 1e-9))
+        refit = (variance > 0) & (slope > 0) & (spread <= LIMIT)
+        moved = _store(zero + mean - _multiply(slope, code_mean), LIMIT, EPS, LEAST)
+        scale = tl.where(refit, _store_scale(slope, slope, LIMIT, EPS, LEAST), scale)
+        zero = tl.where(refit, moved, zero)
+    return scale, zero
+
+
+@triton.jit
+def encode(x, scale, zero, BITS: tl.constexpr):
+    """`grids.encode` of float32, plus ROUND; NaN becomes code 0."""
+    inverse = tl.math.div_rn(1.0, tl.where(scale > 0, scale, 1.0)) * (1 - 2.0**-21)
+    codes = _multiply(x - zero, tl.where(scale > 0, inverse, 0.0))
+    return tl.minimum(tl.maximum(codes, 0.0), 2.0**BITS - 1) + ROUND

@@ -1,0 +1,124 @@
+"""quantize_pack in one pass: the operator `kivi::quantize_pack` around its kernels.
+
+The arithmetic is that of grids.py, operation by operation, so that the bytes are the same.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from kivi.grids import metadata_dtype, symmetric_offset
+from kivi.kernels.triton_pack import copy_tokens, quantize_tiles
+from kivi.packing import widths
+from kivi.quantize import Pages
+from kivi.spec import TILE_ROWS, WORD_BITS, QuantSpec
+
+
+@cache
+def _constants(
+    bits: int, axis: str, group_size: int | None, grid: str, unit: int, d: int, dtype: torch.dtype
+) -> dict[str, Any]:
+    """What the kernel is compiled for, and how it shares elements out to programs and threads."""
+    spec = QuantSpec(bits, axis, group_size, grid)  # type: ignore[arg-type]
+    group, size, info = spec.group(d), dtype.itemsize, torch.finfo(metadata_dtype(dtype))
+    channel = axis == "channel"
+    chunk = max(TILE_ROWS, group) if channel else TILE_ROWS
+    if channel:
+        # A thread has two channels of all rows of a group, or of every other one; what takes more
+        # registers has fewer channels. Up to a fifth of them may be padding.
+        padded, split, vector = group, 1, 2
+        large = (chunk > TILE_ROWS) + (size > 2) + (grid == "least_squares")
+        block = max(16, 64 // 2**large)
+        while block > 16 and -(-d // block) * block * 4 > 5 * d:
+            block //= 2
+        blocks, warps = -(-d // block), 1 if chunk <= 128 else 8
+    else:
+        # A thread has 32 channels of a group, or all of a smaller one: 16 bytes of each piece.
+        padded, vector = triton.next_power_of_2(group), 16 // size
+        split = max(1, min(padded, 32) // vector)
+        block = min(triton.next_power_of_2(d // group), max(1, 128 // padded))
+        blocks, warps = -(-(d // group) // block), min(16, max(1, block * padded // 32))
+    return {
+        "BITS": bits,
+        "CHANNEL": channel,
+        "GRID": grid,
+        "G": group,
+        "U": unit,
+        "D": d,
+        "OFFSET": symmetric_offset(bits),
+        "LIMIT": info.max,
+        "EPS": info.eps,
+        "LEAST": max(info.smallest_normal * info.eps, torch.finfo(torch.float32).smallest_normal),
+        "CHUNK": chunk,
+        "SPAN": max(chunk, min(unit, WORD_BITS // widths(bits)[0] * TILE_ROWS)),
+        "BLOCK": block,
+        "BLOCKS": blocks,
+        "PADDED": padded,
+        "SPLIT": split,
+        "VECTOR": vector,
+        "STAGES": 2,
+        "num_warps": warps,
+    }
+
+
+def _op(
+    words: Tensor,
+    scale: Tensor | None,
+    zero: Tensor | None,
+    x: Tensor,
+    page: Tensor,
+    first: Tensor,
+    valid: Tensor | None,
+    bits: int,
+    axis: str,
+    group_size: int | None,
+    grid: str,
+) -> None:
+    assert all(t is None or t.is_contiguous() for t in (words, scale, zero))
+    runs, heads, unit, d = x.shape
+    if x.stride(3) != 1:
+        x = x.contiguous()
+    strides = x.stride()[:3]
+    with torch.cuda.device_of(x):
+        if not bits:
+            padded = triton.next_power_of_2(d)
+            programs = runs * heads * (unit // TILE_ROWS)
+            copy_tokens[(programs,)](words, x, page, first, heads, *strides, unit, d, padded)
+            return
+        constants = _constants(bits, axis, group_size, grid, unit, d, x.dtype)
+        programs = runs * heads * (unit // constants["SPAN"]) * constants["BLOCKS"]
+        of_valid = (0, 0, 0) if valid is None else valid.stride()
+        tensors = (words, scale, zero, x, page, first, valid)
+        quantize_tiles[(programs,)](
+            *tensors, heads, *strides[:2], *of_valid, strides[2], **constants
+        )
+
+
+# Not torch.library.custom_op, whose wrappers take 60 us a call; this takes 5.
+_LIBRARY = torch.library.Library(__name__.partition(".")[0], "FRAGMENT")
+_LIBRARY.define(
+    "quantize_pack(Tensor(a!) words, Tensor(b!)? scale, Tensor(c!)? zero, Tensor x, Tensor page, "
+    "Tensor first, Tensor? valid, int bits, str axis, int? group_size, str grid) -> ()"
+)
+_LIBRARY.impl("quantize_pack", _op, "CompositeExplicitAutograd")
+torch.library.register_fake("kivi::quantize_pack", lambda *_: None, lib=_LIBRARY)
+
+
+def quantize_pack(
+    pages: Pages,
+    spec: QuantSpec | None,
+    x: Tensor,
+    page: Tensor,
+    first: Tensor,
+    valid: Tensor | None = None,
+) -> None:
+    """`quantize.quantize_pack`, as the operator `kivi::quantize_pack`; pages are contiguous."""
+    if valid is not None:
+        valid = valid.expand(x.shape[:3])
+    of_spec = (spec.bits, spec.axis, spec.group_size, spec.grid) if spec else (0, "", None, "")
+    torch.ops.kivi.quantize_pack.default(*pages, x, page, first, valid, *of_spec)

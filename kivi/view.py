@@ -1,0 +1,28 @@
+"""CacheView: a layer's state as the operators see it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from kivi.quantize import Pages
+
+
+class CacheView(NamedTuple):
+    """A layer's state; tensors only.
+
+    `key`, `value`: the pool's pages. `table [B, n]` int64: page of each 512 packed tokens.
+    `packed [B]` int64: packed tokens of each row. `exact_key`, `exact_value` `[B, Hkv, E, D]`:
+    S sink slots, then a ring of W slots, then one bin. `length [B]` int64: tokens of each row.
+    Token p of a row is sink slot p if p < S; packed token p - S if p < S + packed; else it lies in
+    ring slot (p - S) mod W.
+    """
+
+    key: Pages
+    value: Pages
+    table: Tensor
+    packed: Tensor
+    exact_key: Tensor
+    exact_value: Tensor
+    length: Tensor
