@@ -48,6 +48,17 @@ def symmetric_offset(bits: int) -> float:
     return 0.5 if bits == 1 else float(2 ** (bits - 1))
 
 
+def refit_unit(bits: int, group: int) -> float:
+    """Parts of a step of the grid in a refit: as many as keep sums over a group exact."""
+    return float(2 ** min(20, 25 - bits - (group - 1).bit_length()))
+
+
+def _inverse(scale: Tensor) -> Tensor:
+    """The reciprocal, a little too small (see `encode`); 0 of 0."""
+    inverse = torch.where(scale > 0, scale, 1.0).reciprocal() * (1 - 2**-21)
+    return torch.where(scale > 0, inverse, 0.0)
+
+
 def fit(
     x: Tensor, valid: Tensor, bits: int, grid: Grid, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -79,24 +90,32 @@ def fit(
         return scale, -symmetric_offset(bits) * scale
     low = torch.where(finite, x, torch.inf).amin(-1, keepdim=True)
     high = torch.where(finite, x, -torch.inf).amax(-1, keepdim=True)
-    zero = _store(torch.where(low <= high, low, 0.0), dtype)
+    # Plus 0.0: whether the least of -0.0 and 0.0 is negative is nowhere defined.
+    zero = _store(torch.where(low <= high, low, 0.0), dtype) + 0.0
     spread = torch.where(low <= high, high, 0.0) - zero
     # Times the reciprocal, here and in encode: compilers turn a division into that anyway.
     scale = _store_scale(spread * (1.0 / top), spread, dtype)
     if grid == "least_squares":
-        codes = encode(x, scale, zero, bits)
-        weight = finite.float()
-        count = weight.sum(-1, keepdim=True).clamp_min(1.0)
-        y = torch.where(finite, x - zero, 0.0)
-        code_mean = (codes * weight).sum(-1, keepdim=True) / count
-        mean = y.sum(-1, keepdim=True) / count
-        centred = (codes - code_mean) * weight
-        variance = (centred * centred).sum(-1, keepdim=True)
-        slope = (centred * (y - mean)).sum(-1, keepdim=True) / variance.clamp_min(1e-9)
+        # What codes leave over, in parts of a step. Both are whole numbers whose sums are exact, so
+        # that their order does not matter: every implementation finds the same scale and zero.
+        unit, offset = refit_unit(bits, x.shape[-1]), symmetric_offset(bits)
+        place = (x - zero) * _inverse(scale)
+        codes = place.clamp(0, top).round()
+        rest = ((place - codes).clamp(-1, 1) * unit).round()
+        codes, rest = torch.where(finite, codes - offset, 0.0), torch.where(finite, rest, 0.0)
+        count = finite.sum(-1, keepdim=True).clamp_min(1).float()
+        code_sum, rest_sum = codes.sum(-1, keepdim=True), rest.sum(-1, keepdim=True)
+        squares = (codes * codes).sum(-1, keepdim=True)
+        products = (codes * rest).sum(-1, keepdim=True)
+        variance = count * squares - code_sum * code_sum
+        slope = (count * products - code_sum * rest_sum) / variance.clamp_min(1e-9)
+        shift = (rest_sum - slope * code_sum) / count - slope * offset
+        new = scale + scale * (slope * (1.0 / unit))
         # Without two different codes, or past what 16 bit can hold, there is nothing to refit.
-        refit = (variance > 0) & (slope > 0) & (spread <= torch.finfo(dtype).max)
-        scale = torch.where(refit, _store_scale(slope, slope, dtype), scale)
-        zero = torch.where(refit, _store(zero + mean - slope * code_mean, dtype), zero)
+        refit = (variance > 0) & (new > 0) & (spread <= torch.finfo(dtype).max)
+        moved = _store(zero + scale * (shift * (1.0 / unit)), dtype)
+        scale = torch.where(refit, _store_scale(new, new, dtype), scale)
+        zero = torch.where(refit, moved, zero)
     return scale, zero
 
 
@@ -107,7 +126,6 @@ def encode(x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
     last bits of a quotient, so the reciprocal is taken a little too small: every implementation
     then rounds those elements down, and codes are the same everywhere.
     """
-    inverse = torch.where(scale > 0, scale, 1.0).reciprocal() * (1 - 2**-21)
-    codes = ((x - zero) * inverse).round()
-    codes = torch.where(codes.isnan() | (scale == 0), 0.0, codes)
+    codes = ((x - zero) * _inverse(scale)).round()
+    codes = torch.where(codes.isnan(), 0.0, codes)
     return codes.clamp(0, 2**bits - 1)

@@ -1,7 +1,14 @@
 """Hypothesis profiles, the same seed for every test, and GPU tests where there is no GPU."""
 
+import os
+
 import pytest
 import torch
+
+# Kernels run in Triton's interpreter then, which must be chosen before anything imports triton.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from hypothesis import HealthCheck, settings
 
 # Deadlines say nothing here: the first example of a test may compile or warm up torch.

@@ -100,7 +100,9 @@ def attend(
     # Planes that share a scale, and scales of a chunk, where scales are per channel.
     K_SHARE: tl.constexpr = max(1, min(PLANES, K_G // 32))
     V_SHARE: tl.constexpr = max(1, min(PLANES, V_G // 32))
-    K_COLUMNS: tl.constexpr = max(8, PLANES // K_SHARE)
+    # Rounding a scaled query adds an error times each code: times what is left of it in the centre.
+    MIDDLE: tl.constexpr = 0.0 if DTYPE.is_fp32() else (2**K_BITS - 1) / 2
+    CENTRE: tl.constexpr = K_OFFSET if key_zero is None else MIDDLE
     HALF: tl.constexpr = DTYPE.is_fp16()
     SMALL: tl.constexpr = DTYPE.is_bf16() and LINEAR > 0
     # float16: so that a query times a scale stays in range, 8e6 at most.
@@ -126,6 +128,9 @@ def attend(
     # Only loads and constants go into what is scaled: else it takes a detour through memory.
     folded = ops.times_power_all(query, KN, K_FOLD, WIDE)
     if K_CHANNEL:
+        # A constant would be put into registers again for each product.
+        one = tl.where(n >= 0, 1.0, 0.0).to(DTYPE)
+        ones = tl.zeros((8, tiles.padded(D)), DTYPE) + one
         to_scale = ops.top_half(folded[0]) if ROWS == 8 else folded[0]
 
     r = block * ROWS + tl.arange(0, ROWS)
@@ -171,9 +176,12 @@ def attend(
             scales = key_scale + base * (PAGE // K_G * D)
             k_scales = tiles.channel_rows(scales, plane, last, first, K_G, K_SHARE, PLANES, D)
             if key_zero is not None:
-                i = tl.minimum(tl.arange(0, K_COLUMNS) * K_SHARE, last) + plane
+                i = tl.minimum(tl.arange(0, 8) * K_SHARE, last) + plane
                 zeros = key_zero + base * (PAGE // K_G * D)
-                k_zeros = tiles.load_tile(zeros, (i * 32 + first) // K_G, D, D)
+                k_zeros = tiles.load_tile(zeros, (i * 32 + first) // K_G, D, D).to(DTYPE)
+                if CENTRE > 0:
+                    tile = tiles.load_tile(scales, (i * 32 + first) // K_G, D, D)
+                    k_zeros = ops.plus_times(k_zeros, tile, CENTRE, WIDE)
         if K_TOKEN:
             scales = key_scale + base * (PAGE * KN)
             k_scales = tiles.token_rows(scales, plane, last, row, KN, PLANES)
@@ -198,23 +206,24 @@ def attend(
 
         # Scores, in base 2.
         scores = ()
-        if K_CHANNEL and key_zero is not None:
-            zero_scores = ops.rows_dot(query[0], k_zeros.to(DTYPE), ROWS, WIDE) * factor
+        if K_CHANNEL:
+            zero_scores = tl.zeros((ROWS, 8), tl.float32)
+            if key_zero is not None:
+                zero_scores = ops.rows_dot(query[0], k_zeros, ROWS, WIDE) * factor
         for i in tl.static_range(PLANES):
             nowhere = tl.where(i <= last, 0.0, float("-inf"))
             up = tiles.power(-K_FOLD - tiles.code_power(K_BITS, 0, i, LINEAR, DTYPE))
             if K_CHANNEL:
                 if i % K_SHARE == 0:
                     scaled = ops.times(to_scale, k_scales[i // K_SHARE][None, :], WIDE)
-                    if key_zero is None:
-                        # Of the rounded ones: what rounding adds is centred as the codes are.
-                        zero = tl.sum(scaled.to(tl.float32), 1) * (
-                            factor * -K_OFFSET * tiles.power(-K_FOLD)
-                        )
-                    else:
-                        column = tl.arange(0, K_COLUMNS)[None, :] == i // K_SHARE
-                        zero = tl.sum(tl.where(column, zero_scores, 0.0), 1)
                     scaled = ops.pad16(scaled) if ROWS == 8 else scaled
+                    column = tl.arange(0, 8)[None, :] == i // K_SHARE
+                    if CENTRE > 0:
+                        of_rows = ops.rows_dot(scaled, ones, ROWS, WIDE)
+                        zero_scores -= tl.where(
+                            column, of_rows * (factor * CENTRE * tiles.power(-K_FOLD)), 0.0
+                        )
+                    zero = tl.sum(tl.where(column, zero_scores, 0.0), 1)
                 x = ops.rows_dot_codes(scaled, k_words[0], i, K_BITS, LINEAR, ROWS, FAST, WIDE)
                 x = x * (factor * up)
                 x += (zero if CAP else zero + nowhere)[:, None]

@@ -75,6 +75,7 @@ def fit(
     LIMIT: tl.constexpr,
     EPS: tl.constexpr,
     LEAST: tl.constexpr,
+    UNIT: tl.constexpr,
 ):
     """`grids.fit`: scale and zero, float32. What takes no part in a group is NaN in `raw`."""
     TOP: tl.constexpr = 2**BITS - 1
@@ -89,30 +90,43 @@ def fit(
     else:
         low = _min(finite, CHANNEL)
         high = _max(finite, CHANNEL)
-        zero = _store(tl.where(low <= high, low, 0.0), LIMIT, EPS, LEAST)
+        zero = _store(tl.where(low <= high, low, 0.0), LIMIT, EPS, LEAST) + 0.0
         spread = tl.where(low <= high, high, 0.0) - zero
         scale = _store_scale(spread * (1.0 / TOP), spread, LIMIT, EPS, LEAST)
     if GRID == "least_squares":
+        steps = _steps(x, scale, zero)
+        codes = _round(steps, BITS) - ROUND
+        rest = tl.minimum(tl.maximum(steps - codes, -1.0), 1.0) * UNIT + ROUND - ROUND
         counts = finite == finite
-        codes = encode(x, scale, zero, BITS) - ROUND
+        codes, rest = tl.where(counts, codes - OFFSET, 0.0), tl.where(counts, rest, 0.0)
         count = tl.maximum(_sum(tl.where(counts, 1.0, 0.0), CHANNEL), 1.0)
-        y = tl.where(counts, x - zero, 0.0)
-        code_mean = tl.math.div_rn(_sum(tl.where(counts, codes, 0.0), CHANNEL), count)
-        mean = tl.math.div_rn(_sum(y, CHANNEL), count)
-        centred = tl.where(counts, codes - code_mean, 0.0)
-        variance = _sum(_multiply(centred, centred), CHANNEL)
-        product = _sum(_multiply(centred, y - mean), CHANNEL)
-        slope = tl.math.div_rn(product, tl.maximum(variance, 1e-9))
-        refit = (variance > 0) & (slope > 0) & (spread <= LIMIT)
-        moved = _store(zero + mean - _multiply(slope, code_mean), LIMIT, EPS, LEAST)
-        scale = tl.where(refit, _store_scale(slope, slope, LIMIT, EPS, LEAST), scale)
+        code_sum, rest_sum = _sum(codes, CHANNEL), _sum(rest, CHANNEL)
+        squares, products = _sum(codes * codes, CHANNEL), _sum(codes * rest, CHANNEL)
+        variance = _multiply(count, squares) - _multiply(code_sum, code_sum)
+        slope = _multiply(count, products) - _multiply(code_sum, rest_sum)
+        slope = tl.math.div_rn(slope, tl.maximum(variance, 1e-9))
+        shift = tl.math.div_rn(rest_sum - _multiply(slope, code_sum), count)
+        shift -= _multiply(slope, OFFSET)
+        new = scale + _multiply(scale, slope * (1.0 / UNIT))
+        refit = (variance > 0) & (new > 0) & (spread <= LIMIT)
+        moved = _store(zero + _multiply(scale, shift * (1.0 / UNIT)), LIMIT, EPS, LEAST)
+        scale = tl.where(refit, _store_scale(new, new, LIMIT, EPS, LEAST), scale)
         zero = tl.where(refit, moved, zero)
     return scale, zero
 
 
 @triton.jit
+def _steps(x, scale, zero):
+    inverse = tl.math.div_rn(1.0, tl.where(scale > 0, scale, 1.0)) * (1 - 2.0**-21)
+    return _multiply(x - zero, tl.where(scale > 0, inverse, 0.0))
+
+
+@triton.jit
+def _round(steps, BITS: tl.constexpr):
+    return tl.minimum(tl.maximum(steps, 0.0), 2.0**BITS - 1) + ROUND
+
+
+@triton.jit
 def encode(x, scale, zero, BITS: tl.constexpr):
     """`grids.encode` of float32, plus ROUND; NaN becomes code 0."""
-    inverse = tl.math.div_rn(1.0, tl.where(scale > 0, scale, 1.0)) * (1 - 2.0**-21)
-    codes = _multiply(x - zero, tl.where(scale > 0, inverse, 0.0))
-    return tl.minimum(tl.maximum(codes, 0.0), 2.0**BITS - 1) + ROUND
+    return _round(_steps(x, scale, zero), BITS)

@@ -44,6 +44,7 @@ def quantize_tiles(
     LIMIT: tl.constexpr,  # of the metadata's dtype
     EPS: tl.constexpr,
     LEAST: tl.constexpr,
+    UNIT: tl.constexpr,  # of a refit
     CHUNK: tl.constexpr,  # tokens
     SPAN: tl.constexpr,  # tokens of a program
     BLOCK: tl.constexpr,  # channels of a program, or groups of channels
@@ -117,7 +118,7 @@ def quantize_tiles(
         # A NaN takes no part in its group, and its code is 0.
         raw = tl.load(source, mask=mask, other=None if mask is None else float("nan"))
         source += CHUNK * X_TOKEN
-        s, z = fit(raw, BITS, GRID, OFFSET, CHANNEL, LIMIT, EPS, LEAST)
+        s, z = fit(raw, BITS, GRID, OFFSET, CHANNEL, LIMIT, EPS, LEAST, UNIT)
         tl.store(scale + meta, s.to(scale.dtype.element_ty), mask=known)
         if zero is not None:
             tl.store(zero + meta, z.to(zero.dtype.element_ty), mask=known)

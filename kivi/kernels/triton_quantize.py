@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from kivi.grids import metadata_dtype, symmetric_offset
+from kivi.grids import metadata_dtype, refit_unit, symmetric_offset
 from kivi.kernels.triton_pack import copy_tokens, quantize_tiles
 from kivi.packing import widths
 from kivi.quantize import Pages
@@ -54,6 +54,7 @@ def _constants(
         "LIMIT": info.max,
         "EPS": info.eps,
         "LEAST": max(info.smallest_normal * info.eps, torch.finfo(torch.float32).smallest_normal),
+        "UNIT": refit_unit(bits, group),
         "CHUNK": chunk,
         "SPAN": max(chunk, min(unit, WORD_BITS // widths(bits)[0] * TILE_ROWS)),
         "BLOCK": block,
@@ -83,6 +84,7 @@ def _op(
     runs, heads, unit, d = x.shape
     if x.stride(3) != 1:
         x = x.contiguous()
+    page, first = page.contiguous(), first.contiguous()
     strides = x.stride()[:3]
     with torch.cuda.device_of(x):
         if not bits:

@@ -82,6 +82,16 @@ def times_power(x, POWER: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
+def plus_times(x, y, FACTOR: tl.constexpr, WIDE: tl.constexpr):
+    """`x + y * FACTOR` in their dtype, rounded once."""
+    if WIDE:
+        z = cast(x.to(tl.float32) + y.to(tl.float32) * FACTOR, x.dtype, WIDE)
+    else:
+        z = tl.fma(y, tl.full(y.shape, FACTOR, y.dtype), x)
+    return z
+
+
+@triton.jit
 def rows_dot(q, x, ROWS: tl.constexpr, WIDE: tl.constexpr):
     """`q [max(16, ROWS), D] @ x [tokens, D]^T`, `[ROWS, tokens]` float32."""
     y = dot(q, tl.trans(x), tl.zeros((q.shape[0], x.shape[0]), tl.float32), WIDE)

@@ -1,0 +1,57 @@
+"""A LayerCache on kernels does what it does on plain torch; in Triton's interpreter on the CPU."""
+
+import pytest
+import torch
+
+from kivi import KVQuantizer
+
+pytest.importorskip("triton")
+GPU = torch.cuda.is_available()
+# The interpreter computes with numpy, which warns of NaN and overflow.
+pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning"), *[pytest.mark.gpu] * GPU]
+DEVICE = "cuda" if GPU else "cpu"
+
+
+@pytest.mark.parametrize("name", ["kivi", "per_token", "per_channel", "full_precision"])
+def test_layer_on_kernels(name):
+    scheme = KVQuantizer.get(name, residual_length=32)
+    eager, kernels = (
+        scheme.new_layer(
+            batch_size=2,
+            num_kv_heads=1,
+            head_dim=32,
+            dtype=torch.float32,
+            device=DEVICE,
+            impl=impl,
+        )
+        for impl in ("eager", "triton")
+    )
+    assert kernels._ops.decode_attention is not eager._ops.decode_attention
+    assert kernels._ops.quantize_pack is not eager._ops.quantize_pack
+    for t in (200, 1, 40, 2):
+        q, k, v = (torch.randn(2, heads, t, 32, device=DEVICE) for heads in (3, 1, 1))
+        valid = torch.ones(2, t, dtype=torch.bool, device=DEVICE)
+        valid[1, : t // 3] = False
+        expected, out = (layer.decode(q, k, v, valid=valid) for layer in (eager, kernels))
+        seen = valid[:, None, :, None]
+        torch.testing.assert_close(out * seen, expected * seen, atol=1e-5, rtol=1e-4)
+    for pages, others in zip(kernels._view()[:2], eager._view()[:2], strict=True):
+        for x, y in zip(pages, others, strict=True):
+            assert x is y is None or torch.equal(x, y)
+    kernels.crop(5)
+    assert kernels.lengths() == [238, 159]
+    assert max(kernels.packed_lengths()) > 0
+
+
+def test_a_device_without_kernels_is_refused():
+    from kivi.kernels import triton_ops
+
+    if GPU or not triton_ops.INTERPRETED:
+        with pytest.raises(ValueError, match=r"impl='triton' cannot serve.*device='cpu'"):
+            KVQuantizer.get("kivi").new_layer(
+                batch_size=1, num_kv_heads=1, head_dim=32, impl="triton"
+            )
+    with pytest.raises(ValueError, match=r"impl='triton' cannot serve.*head_dim=1024"):
+        KVQuantizer.get("kivi").new_layer(
+            batch_size=1, num_kv_heads=1, head_dim=1024, impl="triton", device=DEVICE
+        )
