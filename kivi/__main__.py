@@ -37,9 +37,7 @@ Device = Annotated[str, typer.Option(help="Torch device; 'auto' takes CUDA if th
 Dtype = Annotated[
     str, typer.Option(help="float32, bfloat16, float16; 'auto': float32 on CPU, else as stored.")
 ]
-Impl = Annotated[
-    str, typer.Option(help="Implementation of the cache: auto, eager, compile, triton.")
-]
+Impl = Annotated[str, typer.Option(help="Implementation: auto, eager, compile, triton.")]
 
 
 @contextmanager

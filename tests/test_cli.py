@@ -279,7 +279,7 @@ def test_streamed_characters_are_whole() -> None:
         (["--max-new-tokens", "0"], "max_new_tokens=0"),
         (["--max-new-tokens", "2000"], "prompt + max_new_tokens=2005"),
         (["--scheme", "kivi:bits=7"], "bits=7 is not allowed"),
-        (["--impl", "triton"], "impl='triton'"),
+        (["--impl", "cuda"], "impl='cuda'"),
     ],
 )
 def test_generate_refuses(options: list[str], message: str, tiny: Path) -> None:

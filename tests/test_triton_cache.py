@@ -51,7 +51,7 @@ def test_a_device_without_kernels_is_refused():
             KVQuantizer.get("kivi").new_layer(
                 batch_size=1, num_kv_heads=1, head_dim=32, impl="triton"
             )
-    with pytest.raises(ValueError, match=r"impl='triton' cannot serve.*head_dim=1024"):
+    with pytest.raises(ValueError, match=r"impl='triton' cannot serve.*head dimension 1024"):
         KVQuantizer.get("kivi").new_layer(
             batch_size=1, num_kv_heads=1, head_dim=1024, impl="triton", device=DEVICE
         )

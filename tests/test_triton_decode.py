@@ -275,7 +275,7 @@ specs = st.none() | st.builds(
 )
 
 
-@settings(max_examples=8, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+@settings(max_examples=6, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 @given(
     specs,
     specs,
@@ -324,9 +324,9 @@ def test_options(options: dict, splits: int, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_any_division_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    at = state(KIVI, [700, 3])
+    at = state(KIVI, [600, 3])
     q, results = randn(2, 3, 1, 32, dtype=HALF, seed=9), []
-    for splits in (1, 2, 5, 40):
+    for splits in (1, 2, 9):
         monkeypatch.setattr(triton_decode, "_division", lambda *_, splits=splits: splits)
         results.append(check(at, q))
         again = decode_attention(q, at.view, at.spec, at.position, 0.2)
@@ -358,8 +358,8 @@ def test_huge_outliers(value: QuantSpec | None, dtype: torch.dtype) -> None:
     In an outlier's group what rounding costs counts from the group's range, as does its step.
     """
     spec = KVSpec(Q(2, "channel", 32), value, 32, 0)
-    at = state(spec, [300, 130], dtype=dtype, outlier=65504.0)
-    q = randn(2, 2, 1, 32, dtype=dtype, seed=9) / 100
+    at = state(spec, [200], dtype=dtype, outlier=65504.0)
+    q = randn(1, 4, 1, 32, dtype=dtype, seed=9) / 100
     check(at, q, 0.01, slack=32)
     q[0, 0, 0, 3] = 100.0
     check(at, q, 1e-6, slack=32)

@@ -100,13 +100,14 @@ def attend(
     # Planes that share a scale, and scales of a chunk, where scales are per channel.
     K_SHARE: tl.constexpr = max(1, min(PLANES, K_G // 32))
     V_SHARE: tl.constexpr = max(1, min(PLANES, V_G // 32))
-    # Rounding a scaled query adds an error times each code: times what is left of it in the centre.
+    # Rounding a scaled query costs less where codes count from their middle.
     MIDDLE: tl.constexpr = 0.0 if DTYPE.is_fp32() else (2**K_BITS - 1) / 2
     CENTRE: tl.constexpr = K_OFFSET if key_zero is None else MIDDLE
     HALF: tl.constexpr = DTYPE.is_fp16()
     SMALL: tl.constexpr = DTYPE.is_bf16() and LINEAR > 0
     # float16: so that a query times a scale stays in range, 8e6 at most.
     K_FOLD: tl.constexpr = FOLD if SMALL else (-7 if HALF and K_CHANNEL else 0)
+    CENTRE_UNIT: tl.constexpr = CENTRE * tiles.power(-K_FOLD)
     V_FOLD: tl.constexpr = FOLD if SMALL else 0
     # float16: probabilities up to 2^15 keep their digits, times a scale they stay below 2^14.
     BIAS: tl.constexpr = 12.0 if HALF else (40.0 if SMALL and V_BITS > 0 else 0.0)
@@ -128,9 +129,7 @@ def attend(
     # Only loads and constants go into what is scaled: else it takes a detour through memory.
     folded = ops.times_power_all(query, KN, K_FOLD, WIDE)
     if K_CHANNEL:
-        # A constant would be put into registers again for each product.
-        one = tl.where(n >= 0, 1.0, 0.0).to(DTYPE)
-        ones = tl.zeros((8, tiles.padded(D)), DTYPE) + one
+        ones = tl.full((8, tiles.padded(D)), 1.0, DTYPE)
         to_scale = ops.top_half(folded[0]) if ROWS == 8 else folded[0]
 
     r = block * ROWS + tl.arange(0, ROWS)
@@ -138,8 +137,8 @@ def attend(
     head = h * (rows // tokens) + r // tokens
     if K_TOKEN:
         total = ops.sums(query, KN, ROWS)
-    position = tl.load(query_position + b * tokens + r % tokens, mask=real, other=2**31 - 1)
-    position = position.to(tl.int32)
+    query_position += b * tokens
+    position = tl.load(query_position + r % tokens, mask=real, other=2**31 - 1).to(tl.int32)
 
     chunks = tl.cdiv(n, CHUNK)
     begin = 0
@@ -158,7 +157,6 @@ def attend(
     page = tl.load(table + b * columns + begin // CHUNKS, mask=begin < end, other=0)
     for it in range(begin * STEPS, end * STEPS):
         chunk = it // STEPS
-        row = it % STEPS * STEP + t  # of a plane
         base = page * heads + h
         following = (it + 1) // STEPS
         page = tl.load(table + b * columns + following // CHUNKS, mask=following < end, other=0)
@@ -177,11 +175,13 @@ def attend(
             k_scales = tiles.channel_rows(scales, plane, last, first, K_G, K_SHARE, PLANES, D)
             if key_zero is not None:
                 i = tl.minimum(tl.arange(0, 8) * K_SHARE, last) + plane
+                i = (i * 32 + first) // K_G
                 zeros = key_zero + base * (PAGE // K_G * D)
-                k_zeros = tiles.load_tile(zeros, (i * 32 + first) // K_G, D, D).to(DTYPE)
+                k_zeros = tiles.load_tile(zeros, i, D, D).to(DTYPE)
                 if CENTRE > 0:
-                    tile = tiles.load_tile(scales, (i * 32 + first) // K_G, D, D)
-                    k_zeros = ops.plus_times(k_zeros, tile, CENTRE, WIDE)
+                    k_zeros = ops.plus_times(
+                        k_zeros, tiles.load_tile(scales, i, D, D), CENTRE, WIDE
+                    )
         if K_TOKEN:
             scales = key_scale + base * (PAGE * KN)
             k_scales = tiles.token_rows(scales, plane, last, row, KN, PLANES)
@@ -215,14 +215,12 @@ def attend(
             up = tiles.power(-K_FOLD - tiles.code_power(K_BITS, 0, i, LINEAR, DTYPE))
             if K_CHANNEL:
                 if i % K_SHARE == 0:
-                    scaled = ops.times(to_scale, k_scales[i // K_SHARE][None, :], WIDE)
+                    scaled = ops.times(to_scale, k_scales[i // K_SHARE][None, :], FAST, WIDE)
                     scaled = ops.pad16(scaled) if ROWS == 8 else scaled
                     column = tl.arange(0, 8)[None, :] == i // K_SHARE
                     if CENTRE > 0:
-                        of_rows = ops.rows_dot(scaled, ones, ROWS, WIDE)
-                        zero_scores -= tl.where(
-                            column, of_rows * (factor * CENTRE * tiles.power(-K_FOLD)), 0.0
-                        )
+                        y = ops.rows_dot(scaled, ones, ROWS, WIDE) * (factor * CENTRE_UNIT)
+                        zero_scores -= tl.where(column, y, 0.0)
                     zero = tl.sum(tl.where(column, zero_scores, 0.0), 1)
                 x = ops.rows_dot_codes(scaled, k_words[0], i, K_BITS, LINEAR, ROWS, FAST, WIDE)
                 x = x * (factor * up)
@@ -230,9 +228,8 @@ def attend(
             elif K_TOKEN:
                 x = tl.zeros((ROWS, STEP), tl.float32)
                 for g in tl.static_range(KN):
-                    y = ops.rows_dot_codes(
-                        folded[g], k_words[g], i, K_BITS, LINEAR, ROWS, FAST, WIDE
-                    )
+                    words = k_words[g]
+                    y = ops.rows_dot_codes(folded[g], words, i, K_BITS, LINEAR, ROWS, FAST, WIDE)
                     scale = k_scales[i][g].to(tl.float32)[None, :]
                     if key_zero is None:
                         x += (y * up - (K_OFFSET * total[g])[:, None]) * scale
@@ -275,15 +272,13 @@ def attend(
                 group_acc = tl.zeros((tiles.padded(VG), ROWS), tl.float32)
                 group_sum = tl.zeros((ROWS,), tl.float32)
             for part in tl.static_range(tiles.part_count(V_BITS)):
-                down = tiles.power(
-                    2 * part - V_UNIT - tiles.code_power(V_BITS, part, i, LINEAR, DTYPE)
-                )
+                down = tiles.power(tiles.weight_power(V_BITS, part, i, LINEAR, DTYPE))
                 w = ops.cast(p_t * down, DTYPE, WIDE)
                 new_acc = ()
                 for g in tl.static_range(VN):
                     x = tl.trans(tiles.codes(v_words[g], i, V_BITS, part, LINEAR, FAST, DTYPE))
                     if V_TOKEN:
-                        y = ops.times(w, v_scales[i][g][:, None], WIDE)
+                        y = ops.times(w, v_scales[i][g][:, None], FAST, WIDE)
                         new_acc += (ops.dot(x, y, acc[g], WIDE),)
                     else:
                         group_acc = ops.dot(x, w, group_acc, WIDE)
@@ -293,11 +288,8 @@ def attend(
                 group_sum += tl.sum(p, 1)
                 if i % V_SHARE == V_SHARE - 1:
                     scale = v_scales[i // V_SHARE].to(tl.float32)
-                    x = (
-                        group_acc
-                        * tiles.power(V_UNIT - V_FOLD)
-                        * (scale * tiles.power(V_FOLD))[:, None]
-                    )
+                    x = group_acc * tiles.power(V_UNIT - V_FOLD)
+                    x *= (scale * tiles.power(V_FOLD))[:, None]
                     if value_zero is None:
                         zero = -V_OFFSET * scale
                     else:

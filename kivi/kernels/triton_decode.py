@@ -73,7 +73,7 @@ def tuning(
 @cache
 def _multiprocessors(device: torch.device) -> int:
     if device.type == "cpu":
-        return 4
+        return 1
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 

@@ -99,7 +99,7 @@ def planes(words, bits: gl.constexpr, plane: gl.constexpr, dtype: gl.constexpr):
 
 @gluon.jit
 def product_error(a, b, product):
-    """`a * b - product`, exact where it can be; spelled out, since negating costs an instruction."""
+    """`a * b - product`; spelled out, since elsewhere negating costs an instruction."""
     kind: gl.constexpr = "f16x2" if a.dtype == gl.float16 else "bf16x2"
     return gl.inline_asm_elementwise(
         f"{{ .reg .b32 t; neg.{kind} t, $3; fma.rn.{kind} $0, $1, $2, t; }}",

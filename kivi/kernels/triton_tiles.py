@@ -59,6 +59,15 @@ def code_power(bits, part, plane, linear, dtype):
 
 
 @triton.constexpr_function
+def weight_power(bits, part, plane, linear, dtype):
+    """e, where `2^e` brings what multiplies these codes to the unit of bit 0 of a whole code."""
+    if not linear:
+        return 2 * part
+    width = 2 - part if bits == 3 else bits
+    return 2 * part - plane % (linear // width) * width
+
+
+@triton.constexpr_function
 def power(exponent):
     """A power of two as a float."""
     return 2.0**exponent
