@@ -34,8 +34,9 @@ pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning"), *[pytest.mar
 DEVICE = "cuda" if GPU else "cpu"
 HALF, BRAIN, FULL = DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 NOTHING = reference.NOTHING
-# What may come on top of twice the reference's error, relative to the values' own size.
-FLOOR = {HALF: 2.0**-13, BRAIN: 2.0**-10, FULL: 2.0**-21}
+# What may come on top of twice the reference's error, relative to the values' own size: kernels
+# round probabilities to 16 bit, the reference does not.
+FLOOR = {HALF: 2.0**-12, BRAIN: 2.0**-9, FULL: 2.0**-21}
 
 
 def randn(*shape: int, dtype: torch.dtype = FULL, seed: int = 0) -> torch.Tensor:
@@ -238,9 +239,9 @@ FORMATS = [
 
 
 def rows_of(spec: KVSpec) -> list[int]:
-    """Rows without packed tokens, and with some in a first and in a second page."""
+    """A row without packed tokens, and one with some in a second page."""
     kept, unit = spec.sink_length + spec.residual_length, spec.unit
-    return [max(1, kept - 1), 512 // unit * unit + unit + kept + 5, kept + unit + 1]
+    return [max(1, kept - 1), 512 // unit * unit + unit + kept + 5]
 
 
 @pytest.mark.parametrize(("spec", "d", "dv", "dtype"), FORMATS, ids=range(len(FORMATS)))
@@ -248,14 +249,14 @@ def test_formats(spec: KVSpec, d: int, dv: int, dtype: torch.dtype) -> None:
     assert supports(spec.key, spec.value, d, dv, dtype) is None
     at = state(spec, rows_of(spec), 2, d=d, dv=dv, dtype=dtype)
     assert at.view.packed.max() > (0 if spec.unit == 512 else 512) >= at.view.packed.min() == 0
-    check(at, randn(3, 2, 2, d, dtype=dtype, seed=9), 2 * d**-0.5)
+    check(at, randn(2, 2, 2, d, dtype=dtype, seed=9), 2 * d**-0.5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2])
 def test_codes_can_be_converted_instead(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    at = state(KVSpec(Q(2, "channel", 64), Q(3, "token", 16), 8, 0), [340, 90], dtype=dtype)
+    at = state(KVSpec(Q(2, "channel", 64), Q(3, "token", 16), 8, 0), [150, 90], dtype=dtype)
     q = randn(2, 2, 1, 32, dtype=dtype, seed=9)
     denormal, _ = check(at, q)
     monkeypatch.setattr(triton_decode, "DENORMAL", False)
@@ -360,9 +361,9 @@ def test_huge_outliers(value: QuantSpec | None, dtype: torch.dtype) -> None:
     spec = KVSpec(Q(2, "channel", 32), value, 32, 0)
     at = state(spec, [200], dtype=dtype, outlier=65504.0)
     q = randn(1, 4, 1, 32, dtype=dtype, seed=9) / 100
-    check(at, q, 0.01, slack=32)
+    check(at, q, 0.01, slack=16)
     q[0, 0, 0, 3] = 100.0
-    check(at, q, 1e-6, slack=32)
+    check(at, q, 1e-6, slack=16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -197,8 +197,9 @@ def attend(
                 v_zeros = tiles.channel_rows(zeros, plane, last, first, V_G, V_SHARE, PLANES, DV)
         if V_TOKEN:
             scales = value_scale + base * (PAGE * VN)
-            zeros = scales if value_zero is None else value_zero + base * (PAGE * VN)
-            v_zeros = tiles.token_columns(zeros, plane, last, row, VN, PLANES)
+            if value_zero is not None:
+                zeros = value_zero + base * (PAGE * VN)
+                v_zeros = tiles.token_columns(zeros, plane, last, row, VN, PLANES)
             if BIAS > 0:
                 # This also brings the scales near; kept until they are used, they fill registers.
                 size = tiles.largest(scales, plane, last, first, STEP, VN, PLANES)
@@ -248,9 +249,7 @@ def attend(
                 token = sinks + chunk * CHUNK + i * 32 + row
                 x = tl.where(token[None, :] > position[:, None] - window, x, float("-inf"))
             scores += (x,)
-        best = scores[0]
-        for i in tl.static_range(1, PLANES):
-            best = tl.maximum(best, scores[i])
+        best = ops.highest(scores, PLANES)
         m, alpha = ops.raised(m, tl.max(best, 1) + (bound - BIAS))
         acc = ops.rescaled(acc, alpha, VN)
         zero_acc = zero_acc * alpha[None, :]
@@ -266,7 +265,7 @@ def attend(
                 token = (plane + tl.minimum(i, last)) * 32 + row
                 x = tl.trans(tiles.load_tile(values, token, DV, DV))
                 acc = (ops.dot(x, ops.cast(p_t, DTYPE, WIDE), acc[0], WIDE),)
-            if V_TOKEN:
+            if V_TOKEN and value_zero is not None:
                 zero_acc = ops.dot(v_zeros[i].to(DTYPE), ops.cast(p_t, DTYPE, WIDE), zero_acc, WIDE)
             if V_CHANNEL and i % V_SHARE == 0:
                 group_acc = tl.zeros((tiles.padded(VG), ROWS), tl.float32)
@@ -280,6 +279,10 @@ def attend(
                     if V_TOKEN:
                         y = ops.times(w, v_scales[i][g][:, None], FAST, WIDE)
                         new_acc += (ops.dot(x, y, acc[g], WIDE),)
+                        if value_zero is None and part == 0:
+                            # Of what was rounded, so that it cancels as the codes do.
+                            x = ops.row_of(g, 1 / down, tiles.padded(VN), STEP, DTYPE, WIDE)
+                            zero_acc = ops.dot(x, y, zero_acc, WIDE)
                     else:
                         group_acc = ops.dot(x, w, group_acc, WIDE)
                 if V_TOKEN:
@@ -329,9 +332,7 @@ def attend(
             new_acc += (ops.dot(tl.trans(x), p_t, acc[g], WIDE),)
         acc = new_acc
 
-    safe = tl.where(weight > 0, weight, 1.0)
-    total_lse = tl.where(weight > 0, m + tl.log2(safe), NOTHING)
-    share_of = tl.where(weight > 0, 1 / safe, 0.0)
+    total_lse, share_of = ops.normalised(m, weight)
     index = pair.to(tl.int64) * rows + r
     if FINAL:
         if s_aux is not None:

@@ -107,6 +107,20 @@ def plus_times(x, y, FACTOR: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
+def row_of(
+    G: tl.constexpr,
+    value,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """`[ROWS, COLUMNS]` zeros, but for row G, which holds the value."""
+    row = tl.where(tl.arange(0, ROWS) == G, value, 0.0)
+    return cast(row[:, None] + tl.zeros((ROWS, COLUMNS), tl.float32), DTYPE, WIDE)
+
+
+@triton.jit
 def rows_dot(q, x, ROWS: tl.constexpr, WIDE: tl.constexpr):
     """`q [max(16, ROWS), D] @ x [tokens, D]^T`, `[ROWS, tokens]` float32."""
     y = dot(q, tl.trans(x), tl.zeros((q.shape[0], x.shape[0]), tl.float32), WIDE)
@@ -167,6 +181,23 @@ def raised(m, other):
     """A running maximum, raised to another, and the factor of what was relative to the old one."""
     new = tl.maximum(m, other)
     return new, tl.exp2(m - new)
+
+
+@triton.jit
+def highest(x, N: tl.constexpr):
+    """The elementwise maximum of N tiles."""
+    out = x[0]
+    for i in tl.static_range(1, N):
+        out = tl.maximum(out, x[i])
+    return out
+
+
+@triton.jit
+def normalised(m, total):
+    """The log-sum-exp (base 2) of a sum relative to m, and one over the sum; of nothing, 0."""
+    some = total > 0
+    safe = tl.where(some, total, 1.0)
+    return tl.where(some, m + tl.log2(safe), NOTHING), tl.where(some, 1 / safe, 0.0)
 
 
 @triton.jit
@@ -263,9 +294,7 @@ def combine(
         mask = (i[:, None] < splits) & (c[None, :] < DV)
         x = tl.load(parts + (row * splits + i)[:, None] * DV + c[None, :], mask=mask, other=0.0)
         acc += tl.sum(x * w[:, None], 0)
-    some = total > 0
-    keep = tl.where(some, 1 / tl.where(some, total, 1.0), 0.0)
-    top = tl.where(some, top + tl.log2(tl.where(some, total, 1.0)), NOTHING)
+    top, keep = normalised(top, total)
     if s_aux is not None:
         head = row // tokens % heads
         top, kept = join(top, tl.load(s_aux + head).to(tl.float32) * LOG2E)
