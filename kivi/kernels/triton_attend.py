@@ -129,7 +129,7 @@ def attend(
     # Only loads and constants go into what is scaled: else it takes a detour through memory.
     folded = ops.times_power_all(query, KN, K_FOLD, WIDE)
     if K_CHANNEL:
-        ones = tl.full((8, tiles.padded(D)), 1.0, DTYPE)
+        ones = ops.cast(tl.full((8, tiles.padded(D)), 1.0, tl.float32), DTYPE, WIDE)
         to_scale = ops.top_half(folded[0]) if ROWS == 8 else folded[0]
 
     r = block * ROWS + tl.arange(0, ROWS)

@@ -61,8 +61,10 @@ def tuning(
         value: likewise.
         dtype: of the queries.
     """
-    block = min(64, max(8, triton.next_power_of_2(rows)))
-    size = padded(head_dim) * block * (dtype.itemsize // 2)
+    # Above two warps registers spill: then it is cheaper to read the pages again.
+    width = padded(head_dim) * (dtype.itemsize // 2)
+    block = max(8, min(64, 2048 // width, triton.next_power_of_2(rows)))
+    size = width * block
     warps = min(8, max(1, size // 1024))
     simple = all(bits in (1, 2, 4, 8) and (c or g >= 32) for bits, c, g in (key, value))
     small = any(channel and group == 16 for _, channel, group in (key, value))
