@@ -207,7 +207,7 @@ def test_independent_of_the_number_of_programs(resident, monkeypatch):
     q = torch.randn(3, 8, 1, 128, device="cuda").half()
     position = torch.tensor([[2999], [699], [19]], device="cuda")
     out, lse = run(q, layer._view(), spec, position, 128**-0.5)
-    monkeypatch.setattr(triton_fast, "_multiprocessors", lambda device: resident)
+    monkeypatch.setattr(triton_fast, "_gpu", lambda device: (resident, 9))
     other, other_lse = run(q, layer._view(), spec, position, 128**-0.5)
     torch.testing.assert_close(out, other, atol=2e-3, rtol=2e-3)
     torch.testing.assert_close(lse, other_lse, atol=1e-3, rtol=1e-4)

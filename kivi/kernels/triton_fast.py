@@ -57,16 +57,16 @@ class Launcher:
 
 
 _decode = Launcher(decode_kernel, num_warps=1)
-_combine = Launcher(combine_kernel, launch_pdl=True)
+_combine = Launcher(combine_kernel)
 
 
 @cache
-def _multiprocessors(device: torch.device) -> int:
-    """0 where the kernel's instructions are missing."""
+def _gpu(device: torch.device) -> tuple[int, int]:
+    """Multiprocessors and the architecture's first number; 0 where instructions are missing."""
     if device.type != "cuda" or torch.version.hip:
-        return 0
+        return 0, 0
     properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count if properties.major >= 8 else 0
+    return properties.multi_processor_count if properties.major >= 8 else 0, properties.major
 
 
 def _steps(pages: int, planes: int, slots: int) -> int:
@@ -98,7 +98,7 @@ def serves(
         and key[2] >= 32
         and value[2] >= 16
         and groups in (1, 2, 4, 8)
-        and _multiprocessors(q.device) > 0
+        and _gpu(q.device)[0] > 0
     )
 
 
@@ -131,7 +131,8 @@ def decode(
     rows = hq // hkv * t
     blocks = -(-rows // 8)
     units = b * hkv * blocks
-    resident = RESIDENT * _multiprocessors(q.device)
+    multiprocessors, major = _gpu(q.device)
+    resident = RESIDENT * multiprocessors
     planes = min(PLANES, 16 // max(bits))
     steps = _steps(table.shape[1], planes, slots)
     if planes > 2 and 2 * units * steps <= resident:
@@ -154,6 +155,7 @@ def decode(
     ]
     several = max(32, triton.next_power_of_2(b))
     static = (d, *bits, *groups, zero_of[0][1], zero_of[1][1], planes, several, single)
+    early = major >= 9  # programmatic dependent launch
     kind = (q.device, q.dtype, softcap is None, None if s_aux is None else s_aux.dtype)
     _decode(
         (kind, static),
@@ -163,16 +165,19 @@ def decode(
             *(table, packed, exact_key, exact_value, length, query_position),
             *(parts, sums, out, lse, s_aux),
         ),
-        (scale, softcap, b, hkv, blocks, rows, t, table.shape[1], slots, sinks, *static),
+        (scale, softcap, b, hkv, blocks, rows, t, table.shape[1], slots, sinks, *static, early),
     )
     if not single:
-        long = programs >= 16 * units
-        constants = (d, 32 * planes, several, *((64, 32) if long else (8, d)), True)
+        # All parts of a query at once: one round of loads.
+        most = min(256, triton.next_power_of_2(-(-programs // units) + 2))
+        channels = min(d, max(16, 4096 // most))
+        constants = (d, 32 * planes, several, most, channels, early)
         _combine(
             (kind, constants),
-            (units, min(8, rows), d // constants[4]),
+            (units, min(8, rows), d // channels),
             (parts, sums, packed, out, lse, s_aux),
             (b, hkv, blocks, rows, t, slots, programs, *constants),
-            num_warps=4 if long else 1,
+            num_warps=4 if most >= 32 else 1,
+            launch_pdl=early,
         )
     return out, lse

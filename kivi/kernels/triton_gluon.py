@@ -14,6 +14,7 @@ buffer has been read, about half a step ahead of their use.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from kivi.kernels.triton_gluon_steps import (
     LOG2_E,
@@ -40,10 +41,14 @@ from kivi.kernels.triton_tile_gluon import (
     PLAIN,
     columns,
     direct_planes,
+    group_rows,
+    halves,
     heads_as_rows,
+    in_every_row,
     move_down,
     per_code,
     planes,
+    row_of,
     scales_layout,
     swizzled,
     transpose_blocks,
@@ -59,31 +64,36 @@ def decode_kernel(
     scale, softcap, B, Hkv, blocks, rows, T, pages, slots, sinks,
     D: gl.constexpr, KB: gl.constexpr, VB: gl.constexpr, KG: gl.constexpr, VG: gl.constexpr,
     K_ZERO: gl.constexpr, V_ZERO: gl.constexpr, NP: gl.constexpr, ROWS: gl.constexpr,
-    SINGLE: gl.constexpr,
+    SINGLE: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     """See the module. `rows` = query heads of a kv head times T; a program takes 8 of them.
 
     NP planes of 32 tokens make a step. K_ZERO, V_ZERO: factors of `kz` and `vz`: 1, or for a
     symmetric grid, which derives its zeros, its zero over its scale (and `kz` is `ks`). ROWS: B
     rounded up to a power of 2. SINGLE: a program for each (row, head, block) writes `out` and
-    `lse`; else partial sums go to `part` and `part_ml`.
+    `lse`; else partial sums go to `part` and `part_ml`. EARLY: let the next kernel start to wait
+    (from sm_90 on).
     """
     dtype: gl.constexpr = q_ptr.dtype.element_ty
     NG: gl.constexpr = D // VG
     STEP: gl.constexpr = 32 * NP
+    GROUPS: gl.constexpr = (STEP + KG - 1) // KG  # of keys in a step
     SPP: gl.constexpr = 512 // STEP  # steps a page
     SPK: gl.constexpr = 16 // KB // NP  # steps a tile
     SPV: gl.constexpr = 16 // VB // NP
     ROOM: gl.constexpr = headroom(dtype)
+    SLACK: gl.constexpr = 2.0
     LIFT: gl.constexpr = 0.5 if dtype == gl.float16 else 2.0**64
     CENTRE: gl.constexpr = 2.0 ** (KB - 1) - 0.5
     CENTRED: gl.constexpr = KG > 32 or K_ZERO != 1.0
     ONES: gl.constexpr = NG < 8  # room for a column of ones beside the zeros
     HEADS: gl.constexpr = gl.SliceLayout(0, MMA)
+    if EARLY:
+        gdc_launch_dependents()
     k_words = gl.allocate_shared_memory(gl.int16, [1, 32, D], swizzled(D))
     v_words = gl.allocate_shared_memory(gl.int16, [NG, 32, VG], swizzled(VG))
-    k_scale = gl.allocate_shared_memory(dtype, [(STEP + KG - 1) // KG, D], FLAT)
-    k_zero = gl.allocate_shared_memory(dtype, [16, D], swizzled(D))
+    k_scale = gl.allocate_shared_memory(dtype, [GROUPS, D], FLAT)
+    k_zero = gl.allocate_shared_memory(dtype, [GROUPS, D], FLAT)
     v_scale = gl.allocate_shared_memory(dtype, [NP, 32, NG], PLAIN)
     v_zero = gl.allocate_shared_memory(
         dtype, [NP, 32] if NG == 1 else [NP, 32, 8], FLAT if NG == 1 else PLAIN
@@ -113,7 +123,6 @@ def decode_kernel(
 
     r8 = gl.arange(0, 8, layout=HEADS)
     t32 = gl.arange(0, 32, layout=gl.SliceLayout(1, MMA))
-    row16 = gl.arange(0, 16, layout=gl.SliceLayout(1, MMA))
     while at < stop:
         # Which (row, head, block of queries), and which of its steps
         b = gl.sum((ends <= at).to(gl.int32), 0)
@@ -139,7 +148,8 @@ def decode_kernel(
         q = (q.to(gl.float32) * (LIFT / power)).to(dtype)
         unit_score = scale * LOG2_E * power
 
-        m = gl.full([8], NOTHING, gl.float32, layout=HEADS)
+        # Packed scores are relative to this: their maximum less ROOM, or a little less.
+        shift = gl.zeros([8], gl.float32, layout=HEADS)
         lsum = gl.zeros([8], gl.float32, layout=HEADS)
         acc = ()
         for _ in gl.static_range(NG):
@@ -155,7 +165,7 @@ def decode_kernel(
             last = gl.minimum((n - first * STEP) // 32, NP) - 1
             fetch_keys(k_words.index(0), kw, at_page, sub, KB, SPK, D)
             async_copy.commit_group()
-            fetch_key_groups(k_scale, k_zero, ks, kz, at_page, sub, last, KG, NP, D, CENTRED)
+            fetch_key_groups(k_scale, k_zero, ks, kz, at_page, sub, last, KG, NP, D)
             async_copy.commit_group()
             fetch_values(v_words, vw, at_page, sub, VB, SPV, NG, VG)
             async_copy.commit_group()
@@ -180,59 +190,68 @@ def decode_kernel(
                 direct: gl.constexpr = direct_planes(KB)
                 if NP > direct:
                     upper = upper_byte(words)
-                zq = mma_v2(k_zero.load(OPERAND_A), q, gl.zeros([16, 8], gl.float32, layout=MMA))
-                zq = zq * (unit_score * (1.0 / LIFT))
+                meta = group_rows(k_zero, k_scale, GROUPS, D, dtype)
+                zq = mma_v2(meta, q, gl.zeros([16, 8], gl.float32, layout=MMA))
+                zq, sq = halves(zq * (unit_score * (1.0 / LIFT)))
+                zq = zq * K_ZERO
+                if CENTRED:
+                    zq += sq * CENTRE
                 s = ()
                 for i in gl.static_range(NP):
                     if (i * 32) % KG == 0:
                         scales = k_scale.index(i * 32 // KG).load(gl.SliceLayout(1, OPERAND_B))
-                        z = gl.where(row16[:, None] == i, zq * K_ZERO, 0.0)
+                        bias = row_of(zq, i * 32 // KG, GROUPS)
                         if CENTRED:
                             # The rounding of qs shifts all scores of a group by its sum times the
                             # mean code: taken out, since the sum of q * scale is known better.
                             qs = q * scales[:, None]
-                            z = gl.where(row16[:, None] == 8 + i, zq * CENTRE, z)
-                            one = gl.full([32, D], 1.0, dtype, layout=OPERAND_A)
-                            x = mma_v2(one, qs, gl.zeros([32, 8], gl.float32, layout=MMA))
-                            bias = gl.sum(z, 0)[None, :] - x * (unit_score * (CENTRE / LIFT))
+                            one = gl.full([16, D], 1.0, dtype, layout=OPERAND_A)
+                            x = mma_v2(one, qs, gl.zeros([16, 8], gl.float32, layout=MMA))
+                            bias -= halves(x)[0] * (unit_score * (CENTRE / LIFT))
                         else:
                             qs = scaled_query(q, scales, D)
-                            bias = gl.sum(z, 0)[None, :]
+                        bias = in_every_row(bias)
+                        if softcap is None:
+                            bias -= shift[None, :]
                     codes = planes(words if i < direct else upper, KB, i % direct, dtype)
                     x = mma_v2(codes, qs, gl.zeros([32, 8], gl.float32, layout=MMA))
                     x = x * (unit_score * per_code(dtype, KB, i % direct, LIFT)) + bias
-                    s = s + (cap(x, softcap),)
+                    if softcap is not None:
+                        x = cap(x, softcap) - shift[None, :]
+                    s = s + (x,)
                 if last < NP - 1:
                     some = ()
                     for i in gl.static_range(NP):
                         some = some + (s[i] + gl.where(i <= last, 0.0, float("-inf")),)
                     s = some
                 if more:
-                    fetch_key_groups(
-                        k_scale, k_zero, ks, kz, page1, sub1, last1, KG, NP, D, CENTRED
-                    )
+                    fetch_key_groups(k_scale, k_zero, ks, kz, page1, sub1, last1, KG, NP, D)
                 async_copy.commit_group()
                 # Probabilities
                 async_copy.wait_group(2)
                 top = s[0]
                 for i in gl.static_range(1, NP):
                     top = gl.maximum(top, s[i])
-                new_m = gl.max(top, 0)
+                over = gl.max(top, 0) - ROOM
                 if dtype == gl.float16:
-                    # p * 2^12 * scale must not overflow: see the portable kernel
+                    # p * 2^ROOM * scale must not overflow: see the portable kernel
                     flat: gl.constexpr = gl.BlockedLayout([8], [32], [1], [0])
                     every = view_as(v_scale, dtype, [STEP * NG], FLAT).load(flat)
                     largest = gl.max(every, 0).to(gl.float32)
-                    new_m += gl.log2(gl.maximum(largest, 0.125))
-                new_m = gl.maximum(m, new_m)
-                acc, zacc, alpha = rescale(acc, zacc, m, new_m)
-                m = new_m
-                shift = m - ROOM
-                lsum = lsum * alpha
+                    over += gl.log2(gl.maximum(largest, 0.125))
+                # The reference follows the maximum only where it must: nearly never.
+                if (step == first) | (gl.max(over, 0) > SLACK):
+                    over = gl.maximum(over, gl.where(step == first, NOTHING, 0.0))
+                    acc, zacc, lsum = rescale(acc, zacc, lsum, gl.exp2(gl.minimum(-over, 0.0)))
+                    shift += over
+                    some = ()
+                    for i in gl.static_range(NP):
+                        some = some + (s[i] - over[None, :],)
+                    s = some
                 probabilities = ()
                 v_direct: gl.constexpr = direct_planes(VB)
                 for i in gl.static_range(NP):
-                    p = gl.exp2(s[i] - shift[None, :])
+                    p = gl.exp2(s[i])
                     if not ONES:
                         lsum += gl.sum(p, 0)
                     p = transpose_blocks(p.to(dtype))
@@ -274,6 +293,7 @@ def decode_kernel(
                 async_copy.commit_group()
         async_copy.wait_group(0)
         # From here on in units of values
+        m = shift + gl.where(first < hi, ROOM, NOTHING)
         to_values: gl.constexpr = per_code(dtype, 1, 0, 2.0**ROOM)
         mass = lsum * 2.0**-ROOM
         if ONES:

@@ -22,7 +22,7 @@ NOTHING = gl.constexpr(-1e30)
 @gluon.constexpr_function
 def headroom(dtype):
     """Probabilities are kept times 2^this: float16 ones must not vanish, bfloat16 products not."""
-    return 12.0 if dtype == gl.float16 else 64.0
+    return 10.0 if dtype == gl.float16 else 64.0
 
 
 @gluon.jit
@@ -76,16 +76,13 @@ def fetch_key_groups(
     G: gl.constexpr,
     NP: gl.constexpr,
     D: gl.constexpr,
-    BOTH: gl.constexpr,
 ):
-    """Scales by group; by plane 8 rows of zeros and, if BOTH, 8 of scales, the last repeated."""
+    """Scales and zeros of a step's groups; in place of groups past the last its own are read."""
     count: gl.constexpr = (NP * 32 + G - 1) // G
     first = (unit * (512 // G) + sub * (NP * 32) // G) * D
-    flat = view_as(scales, scales.dtype, [count, D], PLAIN)
-    copy_groups(flat, ks + first, count, D, last * 32 // G, 1, 1)
-    copy_groups(zeros.slice(0, 8), kz + first, 8, D, last, 32, G)
-    if BOTH:
-        copy_groups(zeros.slice(8, 8), ks + first, 8, D, last, 32, G)
+    last_group = last * 32 // G
+    copy_groups(view_as(scales, scales.dtype, [count, D], PLAIN), ks + first, count, D, last_group)
+    copy_groups(view_as(zeros, zeros.dtype, [count, D], PLAIN), kz + first, count, D, last_group)
 
 
 @gluon.jit
@@ -93,7 +90,7 @@ def fetch_value_groups(scales, zeros, vs, vz, unit, sub, last, NP: gl.constexpr,
     """Scales and zeros of the step's tokens."""
     first = (unit * 512 + sub * (NP * 32)) * NG
     flat = view_as(scales, scales.dtype, [NP, 32 * NG], PLAIN)
-    copy_groups(flat, vs + first, NP, 32 * NG, last, 1, 1)
+    copy_groups(flat, vs + first, NP, 32 * NG, last)
     copy_zeros(zeros, vz + first, NP * 32, NG, last)
 
 
@@ -144,14 +141,14 @@ def cap(s, softcap):
 
 
 @gluon.jit
-def rescale(acc, zacc, m, new_m):
-    """Running sums under a new maximum."""
-    alpha = gl.exp2(m - new_m)
+def rescale(acc, zacc, lsum, alpha):
+    """Running sums times `alpha [8]`."""
     scaled = ()
     for g in gl.static_range(len(acc)):
         scaled = scaled + (acc[g] * alpha[None, :],)
     twice = gl.permute(gl.join(alpha, alpha), (1, 0)).reshape([16])
-    return scaled, zacc * gl.convert_layout(twice, gl.SliceLayout(1, MMA))[:, None], alpha
+    zacc = zacc * gl.convert_layout(twice, gl.SliceLayout(1, MMA))[:, None]
+    return scaled, zacc, lsum * alpha
 
 
 @gluon.jit

@@ -151,6 +151,70 @@ def heads_as_rows(p):
     return gl.convert_layout(x, OPERAND_A, assert_trivial=True)
 
 
+@gluon.constexpr_function
+def group_rows_layout(groups, columns):
+    """`[groups, columns]` as the first 8 rows of operand A, repeated where there are fewer."""
+    bits = groups.bit_length() - 1
+    rows = [[0, 1 << i, 0] for i in range(bits)] + [[1 << i, 0, 0] for i in range(3 - bits)]
+    width = columns.bit_length() - 1
+    return gl.DistributedLinearLayout(
+        reg_bases=[[0, 0, 1]] + [[0, 0, 1 << i] for i in range(3, width)],
+        lane_bases=[[0, 0, 2], [0, 0, 4]] + rows,
+        warp_bases=[],
+        block_bases=[],
+        shape=[8 // groups, groups, columns],
+    )
+
+
+@gluon.jit
+def _eight_rows(memory, groups: gl.constexpr, columns: gl.constexpr, dtype: gl.constexpr):
+    layout: gl.constexpr = group_rows_layout(groups, columns)
+    x = view_as(memory, dtype, [groups, columns], PLAIN).load(gl.SliceLayout(0, layout))
+    every = gl.zeros([8 // groups, groups, columns], dtype, layout=layout)
+    x, _ = gl.broadcast(x[None, :, :], every)
+    return x.reshape([8, columns])
+
+
+@gluon.jit
+def group_rows(upper, lower, groups: gl.constexpr, columns: gl.constexpr, dtype: gl.constexpr):
+    """`[groups, columns]` twice as operand A: row r and row 8 + r are of group r % groups."""
+    x = _eight_rows(upper, groups, columns, dtype)
+    y = _eight_rows(lower, groups, columns, dtype)
+    x = gl.permute(gl.join(x, y), (2, 0, 1)).reshape([16, columns])
+    return gl.convert_layout(x, OPERAND_A, assert_trivial=True)
+
+
+@gluon.jit
+def halves(x):
+    """The first and the last 8 rows of a result `[16, 8]`."""
+    return gl.split(gl.permute(x.reshape([2, 8, 8]), (1, 2, 0)))
+
+
+@gluon.jit
+def row_of(x, row: gl.constexpr, different: gl.constexpr):
+    """`[8, 8]`, half of a result, with this row everywhere; only `different` rows differ."""
+    if different == 1:
+        return x
+    else:
+        return gl.inline_asm_elementwise(
+            "{ .reg .b32 lane; mov.u32 lane, %laneid; and.b32 lane, lane, 3; "
+            f"or.b32 lane, lane, {4 * row}; shfl.sync.idx.b32 $0, $1, lane, 31, -1; }}",
+            "=r,r",
+            [x],
+            dtype=gl.float32,
+            is_pure=True,
+            pack=1,
+        )
+
+
+@gluon.jit
+def in_every_row(x):
+    """`[8, 8]` of equal rows, half of a result, as a result `[32, 8]`."""
+    x = gl.join(x, x)
+    x = gl.permute(gl.join(x, x), (2, 3, 0, 1)).reshape([32, 8])
+    return gl.convert_layout(x, MMA, assert_trivial=True)
+
+
 @gluon.jit
 def columns(x, n: gl.constexpr):
     """The n columns of `[32, n]`, each `[32]` as rows of TOKENS."""
@@ -182,20 +246,12 @@ def copy_rows(target, source, rows: gl.constexpr, cols: gl.constexpr, stride):
 
 
 @gluon.jit
-def copy_groups(
-    target,
-    source,
-    rows: gl.constexpr,
-    cols: gl.constexpr,
-    last,
-    num: gl.constexpr,
-    den: gl.constexpr,
-):
-    """Row r comes from row `min(r, last) * num // den`: nothing past the last valid one is read."""
+def copy_groups(target, source, rows: gl.constexpr, cols: gl.constexpr, last):
+    """Row r comes from row `min(r, last)`: nothing past the last valid one is read."""
     layout: gl.constexpr = rows_layout(cols)
     r = gl.arange(0, rows, layout=gl.SliceLayout(1, layout))
     c = gl.arange(0, cols, layout=gl.SliceLayout(0, layout))
-    r = gl.minimum(r, last) * num // den
+    r = gl.minimum(r, last)
     start_copy(target, source + r[:, None] * cols + c[None, :])
 
 
@@ -216,7 +272,7 @@ def copy_zeros(target, source, tokens: gl.constexpr, groups: gl.constexpr, last)
     """Zeros `[tokens, groups]`: beside a column of ones in rows of 8, or alone if there is one."""
     if groups == 1:
         flat = view_as(target, target.dtype, [tokens // 32, 32], PLAIN)
-        copy_groups(flat, source, tokens // 32, 32, last, 1, 1)
+        copy_groups(flat, source, tokens // 32, 32, last)
     else:
         layout: gl.constexpr = gl.BlockedLayout([1, groups], [32, 1], [1, 1], [1, 0])
         r = gl.arange(0, tokens, layout=gl.SliceLayout(1, layout))
