@@ -76,6 +76,7 @@ def decode_kernel(
     """
     dtype: gl.constexpr = q_ptr.dtype.element_ty
     NG: gl.constexpr = D // VG
+    PAIR: gl.constexpr = min(NG, 2)
     STEP: gl.constexpr = 32 * NP
     GROUPS: gl.constexpr = (STEP + KG - 1) // KG  # of keys in a step
     SPP: gl.constexpr = 512 // STEP  # steps a page
@@ -182,9 +183,6 @@ def decode_kernel(
                 # Scores
                 async_copy.wait_group(2)
                 words = k_words.index(0).load(OPERAND_A)
-                if more & (step1 % SPK == 0):
-                    fetch_keys(k_words.index(0), kw, page1, sub1, KB, SPK, D)
-                async_copy.commit_group()
                 if SPK > 1:
                     words = move_down(words, (step % SPK) * (NP * KB))
                 direct: gl.constexpr = direct_planes(KB)
@@ -224,6 +222,9 @@ def decode_kernel(
                     for i in gl.static_range(NP):
                         some = some + (s[i] + gl.where(i <= last, 0.0, float("-inf")),)
                     s = some
+                if more & (step1 % SPK == 0):
+                    fetch_keys(k_words.index(0), kw, page1, sub1, KB, SPK, D)
+                async_copy.commit_group()
                 if more:
                     fetch_key_groups(k_scale, k_zero, ks, kz, page1, sub1, last1, KG, NP, D)
                 async_copy.commit_group()
@@ -265,25 +266,30 @@ def decode_kernel(
                     zacc = mma_v2(heads_as_rows(p), z, zacc)
                     if i % v_direct != 0:
                         p = (p * (1.0 / 2.0 ** (VB * (i % v_direct)))).to(dtype)
-                    by_group = columns(v_scale.index(i).load(scales_layout(NG)), NG)
-                    scaled = ()
-                    for g in gl.static_range(NG):
-                        x = p * by_group[g][:, None]
-                        scaled = scaled + (gl.convert_layout(x, OPERAND_B, assert_trivial=True),)
-                    probabilities = probabilities + (scaled,)
-                # Values
+                    probabilities = probabilities + (p,)
+                # Values, a pair of groups at a time: what is scaled takes registers
                 new_acc = ()
-                for g in gl.static_range(NG):
-                    words = v_words.index(g).permute((1, 0)).load(OPERAND_A)
-                    if SPV > 1:
-                        words = move_down(words, (step % SPV) * (NP * VB))
-                    if NP > v_direct:
-                        upper = upper_byte(words)
-                    a = acc[g]
+                for g0 in gl.static_range(0, NG, PAIR):
+                    scaled = ()
                     for i in gl.static_range(NP):
-                        codes = planes(words if i < v_direct else upper, VB, i % v_direct, dtype)
-                        a = mma_v2(codes, probabilities[i][g], a)
-                    new_acc = new_acc + (a,)
+                        scales = v_scale.index(i).slice(g0, PAIR, dim=1).load(scales_layout(PAIR))
+                        by_group = columns(scales, PAIR)
+                        for g in gl.static_range(PAIR):
+                            x = probabilities[i] * by_group[g][:, None]
+                            x = gl.convert_layout(x, OPERAND_B, assert_trivial=True)
+                            scaled = scaled + (x,)
+                    for g in gl.static_range(PAIR):
+                        words = v_words.index(g0 + g).permute((1, 0)).load(OPERAND_A)
+                        if SPV > 1:
+                            words = move_down(words, (step % SPV) * (NP * VB))
+                        if NP > v_direct:
+                            upper = upper_byte(words)
+                        a = acc[g0 + g]
+                        for i in gl.static_range(NP):
+                            source = words if i < v_direct else upper
+                            codes = planes(source, VB, i % v_direct, dtype)
+                            a = mma_v2(codes, scaled[i * PAIR + g], a)
+                        new_acc = new_acc + (a,)
                 acc = new_acc
                 if more & (step1 % SPV == 0):
                     fetch_values(v_words, vw, page1, sub1, VB, SPV, NG, VG)
