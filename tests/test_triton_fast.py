@@ -160,6 +160,8 @@ CASES = [
     ((2, 2), (None, None), 64, 4, 1, 0, [2100, 64], "asymmetric", None, False),
     ((2, 2), (32, 64), 64, 4, 8, 0, [700] * 40, "asymmetric", None, False),
     ((1, 1), (64, 32), 128, 4, 1, 0, [2100, 700], "asymmetric", None, False),
+    ((2, 2), (32, 32), 256, 4, 1, 40, [2100, 30, 1, 41], "asymmetric", None, True),
+    ((4, 4), (128, 128), 256, 2, 4, 0, [2100, 700], "asymmetric", 30.0, False),
 ]
 
 
@@ -182,7 +184,7 @@ def test_against_float64(case, dtype):
     bits=st.tuples(*[st.sampled_from([2, 4, 8])] * 2),
     key_group=st.sampled_from([32, 64, 128, None]),
     value_group=st.sampled_from([16, 32, 64, 128]),
-    d=st.sampled_from([64, 128]),
+    d=st.sampled_from([64, 128, 256]),
     dtype=st.sampled_from(DTYPES),
     lengths=st.lists(st.integers(1, 3000), min_size=1, max_size=4),
     ratio=st.sampled_from([1, 3, 4, 7, 8]),
@@ -207,7 +209,7 @@ def test_independent_of_the_number_of_programs(resident, monkeypatch):
     q = torch.randn(3, 8, 1, 128, device="cuda").half()
     position = torch.tensor([[2999], [699], [19]], device="cuda")
     out, lse = run(q, layer._view(), spec, position, 128**-0.5)
-    monkeypatch.setattr(triton_fast, "_gpu", lambda device: (resident, 9))
+    monkeypatch.setattr(triton_fast, "_gpu", lambda device: (resident, 40960, 9))
     other, other_lse = run(q, layer._view(), spec, position, 128**-0.5)
     torch.testing.assert_close(out, other, atol=2e-3, rtol=2e-3)
     torch.testing.assert_close(lse, other_lse, atol=1e-3, rtol=1e-4)

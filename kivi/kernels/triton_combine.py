@@ -7,20 +7,19 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 NOTHING = tl.constexpr(-1e30)
 
 
-@triton.jit(do_not_specialize=["B", "Hkv", "blocks", "rows", "T", "slots", "programs"])
+@triton.jit(do_not_specialize=["B", "Hkv", "blocks", "rows", "T", "sinks", "programs"])
 def combine_kernel(
-    part, part_ml, packed, out, lse, s_aux, B, Hkv, blocks, rows, T, slots, programs,
+    part, part_ml, packed, length, out, lse, s_aux, B, Hkv, blocks, rows, T, sinks, programs,
     D: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr,
     PARTS: tl.constexpr, CHANNELS: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
     """One query of a unit (row, head, block of 8 queries) a program; always in the same order.
 
-    Which programs worked on a unit follows from `packed [B]`, as in the kernel that wrote `part
-    [n, 8, D]` (sums of values) and `part_ml [n, 16]` (maxima of scores in log 2, sums of
-    probabilities): what program p found for unit u is at p + u. PARTS of them are read at a time.
+    Which programs worked on a unit follows from `packed` and `length [B]`, as in the kernel that
+    wrote `part [n, 8, D]` (sums of values) and `part_ml [n, 16]` (maxima of scores in log 2, sums
+    of probabilities): what program p found for unit u is at p + u. PARTS are read at a time.
     """
     heads = Hkv * blocks
-    exact_steps = ((slots + 31) // 32 + 1) // 2
     index = tl.program_id(0)
     r = tl.program_id(1)
     b = index // heads
@@ -29,8 +28,11 @@ def combine_kernel(
     if my_q >= rows:
         return
     row = tl.arange(0, ROWS)
-    tokens = tl.load(packed + row, mask=row < B, other=0).to(tl.int32)
-    steps = tl.where(row < B, ((tokens + STEP - 1) // STEP + exact_steps) * heads, 0)
+    n = tl.load(packed + row, mask=row < B, other=0).to(tl.int32)
+    tokens = tl.load(length + row, mask=row < B, other=0).to(tl.int32)
+    exact = tl.minimum(tokens, sinks) + tl.maximum(tokens - sinks - n, 0)
+    exact_steps = tl.maximum((exact + 63) // 64, 1)
+    steps = tl.where(row < B, ((n + STEP - 1) // STEP + exact_steps) * heads, 0)
     share = (tl.sum(steps, 0) + programs - 1) // programs
     own = tl.sum(tl.where(row == b, steps, 0), 0) // heads
     first = tl.sum(tl.where(row < b, steps, 0), 0) + unit * own
@@ -40,7 +42,7 @@ def combine_kernel(
     if WAIT:
         # Launched before the other kernel ended: only now may its results be read.
         tl.extra.cuda.gdc_wait()
-    n = p0 + tl.arange(0, PARTS)
+    parts = p0 + tl.arange(0, PARTS)
     ch = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
     m = tl.full((), NOTHING, tl.float32)
     mass = tl.full((), 0.0, tl.float32)
@@ -49,8 +51,8 @@ def combine_kernel(
         m = tl.load(s_aux + (unit // blocks) * (rows // T) + my_q // T).to(tl.float32) * LOG2_E
         mass += 1.0
     for p in range(p0, p1, PARTS):
-        slot = (p - p0 + n + index).to(tl.int64)
-        here = p - p0 + n < p1
+        slot = (p - p0 + parts + index).to(tl.int64)
+        here = p - p0 + parts < p1
         part_m = tl.load(part_ml + slot * 16 + r, mask=here, other=NOTHING)
         part_l = tl.load(part_ml + slot * 16 + 8 + r, mask=here, other=0.0)
         values = tl.load(

@@ -7,7 +7,6 @@ from functools import cache
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from kivi.grids import symmetric_offset
@@ -15,12 +14,13 @@ from kivi.kernels.triton_combine import combine_kernel
 from kivi.kernels.triton_gluon import decode_kernel
 from kivi.spec import PAGE_TOKENS, TILE_ROWS
 
-# Programs (warps) that fit on a multiprocessor at once: 170 to 255 registers a thread.
+# Warps of a multiprocessor: 170 to 255 registers a thread are two for each of its four schedulers.
+# A third would fit with 168, and is slower: the code waits for registers that are used again.
 RESIDENT = 8
 # Planes of 32 tokens a step: fewer instructions a token with more, but the loop must stay in the
 # instruction cache.
 PLANES = 4
-HEAD_DIMS = (64, 128)
+HEAD_DIMS = (64, 128, 256)
 WIDTHS = (1, 2, 4, 8)
 # Query heads times tokens on one kv head up to which re-reading the pages for every 8 pays.
 MAX_ROWS = 32
@@ -61,12 +61,20 @@ _combine = Launcher(combine_kernel)
 
 
 @cache
-def _gpu(device: torch.device) -> tuple[int, int]:
-    """Multiprocessors and the architecture's first number; 0 where instructions are missing."""
+def _gpu(device: torch.device) -> tuple[int, int, int]:
+    """Multiprocessors, shared bytes of one, architecture; 0 where instructions are missing."""
     if device.type != "cuda" or torch.version.hip:
-        return 0, 0
-    properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count if properties.major >= 8 else 0, properties.major
+        return 0, 0, 0
+    found = torch.cuda.get_device_properties(device)
+    count = found.multi_processor_count if found.major >= 8 else 0
+    return count, found.shared_memory_per_multiprocessor, found.major
+
+
+def _resident(shared: int, d: int, planes: int, key_group: int, value_group: int) -> int:
+    """Programs that a multiprocessor of so much shared memory holds at once."""
+    per_token = d // value_group * 2 + (2 if value_group == d else 16)  # scales; zeros, ones
+    metadata = 4 * d * -(-planes * TILE_ROWS // key_group) + planes * TILE_ROWS * per_token
+    return max(1, min(RESIDENT, shared // (4 * TILE_ROWS * d + metadata + 1024)))
 
 
 def _steps(pages: int, planes: int, slots: int) -> int:
@@ -131,9 +139,9 @@ def decode(
     rows = hq // hkv * t
     blocks = -(-rows // 8)
     units = b * hkv * blocks
-    multiprocessors, major = _gpu(q.device)
-    resident = RESIDENT * multiprocessors
+    multiprocessors, shared, major = _gpu(q.device)
     planes = min(PLANES, 16 // max(bits))
+    resident = multiprocessors * _resident(shared, d, planes, *groups)
     steps = _steps(table.shape[1], planes, slots)
     if planes > 2 and 2 * units * steps <= resident:
         planes, steps = 2, _steps(table.shape[1], 2, slots)  # a step each: the shorter the better
@@ -153,7 +161,7 @@ def decode(
         (pages[1], -symmetric_offset(n)) if pages[2] is None else (pages[2], 1.0)
         for pages, n in ((key, bits[0]), (value, bits[1]))
     ]
-    several = max(32, triton.next_power_of_2(b))
+    several = 1 if b == 1 else max(32, 1 << (b - 1).bit_length())
     static = (d, *bits, *groups, zero_of[0][1], zero_of[1][1], planes, several, single)
     early = major >= 9  # programmatic dependent launch
     kind = (q.device, q.dtype, softcap is None, None if s_aux is None else s_aux.dtype)
@@ -169,15 +177,15 @@ def decode(
     )
     if not single:
         # All parts of a query at once: one round of loads.
-        most = min(256, triton.next_power_of_2(-(-programs // units) + 2))
-        channels = min(d, max(16, 4096 // most))
+        most = min(256, 1 << (-(-programs // units) + 1).bit_length())
+        channels = min(d, max(16, 2048 // most))
         constants = (d, 32 * planes, several, most, channels, early)
         _combine(
             (kind, constants),
             (units, min(8, rows), d // channels),
-            (parts, sums, packed, out, lse, s_aux),
-            (b, hkv, blocks, rows, t, slots, programs, *constants),
-            num_warps=4 if most >= 32 else 1,
+            (parts, sums, packed, length, out, lse, s_aux),
+            (b, hkv, blocks, rows, t, sinks, programs, *constants),
+            num_warps=1,
             launch_pdl=early,
         )
     return out, lse

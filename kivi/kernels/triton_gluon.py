@@ -16,13 +16,13 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from triton.language.extra.cuda import gdc_launch_dependents
 
+from kivi.kernels.triton_gluon_exact import attend_exact
 from kivi.kernels.triton_gluon_steps import (
     LOG2_E,
     NOTHING,
     cap,
     column,
-    exact,
-    fetch_exact,
+    exact_tokens,
     fetch_key_groups,
     fetch_keys,
     fetch_value_groups,
@@ -106,10 +106,8 @@ def decode_kernel(
         view_as(v_zero, dtype, [STEP, 8], PLAIN).store(ones)
 
     heads = Hkv * blocks
-    exact_tiles = (slots + 31) // 32
-    exact_steps = (exact_tiles + 1) // 2
     program = gl.program_id(0)
-    steps_of, ends = units(packed, B, heads, exact_steps, STEP, ROWS)
+    steps_of, ends = units(packed, length, B, heads, sinks, STEP, ROWS)
     row_index = gl.arange(0, ROWS, layout=ends.type.layout)
     total = gl.max(ends, 0)
     share = (total + gl.num_programs(0) - 1) // gl.num_programs(0)
@@ -123,7 +121,6 @@ def decode_kernel(
         stop = at + own
 
     r8 = gl.arange(0, 8, layout=HEADS)
-    t32 = gl.arange(0, 32, layout=gl.SliceLayout(1, MMA))
     while at < stop:
         # Which (row, head, block of queries), and which of its steps
         b = gl.sum((ends <= at).to(gl.int32), 0)
@@ -135,13 +132,35 @@ def decode_kernel(
         h = unit // blocks
         block = unit % blocks
         n = gl.load(packed + b).to(gl.int32)
-        steps = own - exact_steps
+        tokens = gl.load(length + b).to(gl.int32)
+        steps = (n + STEP - 1) // STEP
         hi = gl.minimum(first + count, steps)
+
+        # What the first step needs is on its way before the query is looked at.
+        row_table = table + b * pages
+        page = gl.load(row_table + first // SPP, mask=first < hi, other=0)
+        next_page = gl.load(
+            row_table + gl.minimum(first + 1, hi - 1) // SPP, mask=first < hi, other=0
+        )
+        if first < hi:
+            sub = first % SPP
+            at_page = page * Hkv + h
+            last = gl.minimum((n - first * STEP) // 32, NP) - 1
+            fetch_keys(k_words.index(0), kw, at_page, sub, KB, SPK, D)
+            async_copy.commit_group()
+            fetch_key_groups(k_scale, k_zero, ks, kz, at_page, sub, last, KG, NP, D)
+            async_copy.commit_group()
+            fetch_values(v_words, vw, at_page, sub, VB, SPV, NG, VG)
+            async_copy.commit_group()
+            fetch_value_groups(v_scale, v_zero, vs, vz, at_page, sub, last, NP, NG)
+            async_copy.commit_group()
 
         qr = block * 8 + gl.arange(0, 8, layout=gl.SliceLayout(0, OPERAND_B))
         d = gl.arange(0, D, layout=gl.SliceLayout(1, OPERAND_B))
         q_at = ((b * Hkv + h) * rows).to(gl.int64) * D
         q = gl.load(q_ptr + q_at + qr[None, :] * D + d[:, None], mask=qr[None, :] < rows, other=0.0)
+        my_q = block * 8 + r8
+        seen_to = gl.load(query_position + b * T + my_q % T).to(gl.int32)
         # The largest power of 2 in q goes into the scores, so that q * scale stays in range.
         power = gl.max(gl.max(gl.abs(q.to(gl.float32)), 1), 0)
         power = (power.to(gl.int32, bitcast=True) & 0x7F800000).to(gl.float32, bitcast=True)
@@ -158,20 +177,6 @@ def decode_kernel(
         zacc = gl.zeros([16, 8], gl.float32, layout=MMA)
 
         if first < hi:
-            row_table = table + b * pages
-            page = gl.load(row_table + first // SPP)
-            next_page = gl.load(row_table + gl.minimum(first + 1, hi - 1) // SPP)
-            sub = first % SPP
-            at_page = page * Hkv + h
-            last = gl.minimum((n - first * STEP) // 32, NP) - 1
-            fetch_keys(k_words.index(0), kw, at_page, sub, KB, SPK, D)
-            async_copy.commit_group()
-            fetch_key_groups(k_scale, k_zero, ks, kz, at_page, sub, last, KG, NP, D)
-            async_copy.commit_group()
-            fetch_values(v_words, vw, at_page, sub, VB, SPV, NG, VG)
-            async_copy.commit_group()
-            fetch_value_groups(v_scale, v_zero, vs, vz, at_page, sub, last, NP, NG)
-            async_copy.commit_group()
             for step in range(first, hi):
                 last = gl.minimum((n - step * STEP) // 32, NP) - 1
                 step1 = step + 1
@@ -310,54 +315,19 @@ def decode_kernel(
             values = values + (acc[g] * to_values + z[None, :],)
 
         # Exact slots
+        tiles = (exact_tokens(tokens, n, sinks) + 31) // 32
         tile0 = gl.maximum(first - steps, 0) * 2
-        tile1 = gl.minimum(gl.maximum(first + count - steps, 0) * 2, exact_tiles)
+        tile1 = gl.minimum(gl.maximum(first + count - steps, 0) * 2, tiles)
         if tile0 < tile1:
-            tokens = gl.load(length + b).to(gl.int32)
-            my_q = block * 8 + r8
-            seen_to = gl.load(query_position + b * T + my_q % T).to(gl.int32)
-            k_rows = xk + ((b * Hkv + h) * (slots + 1)).to(gl.int64) * D
-            v_rows = xv + ((b * Hkv + h) * (slots + 1)).to(gl.int64) * D
-            slot = tile0 * 32 + t32
-            position, seen = exact(slot, tokens, n, slots, sinks)
-            fetch_exact(k_words, k_rows, tile0, seen, 1, D)
-            async_copy.commit_group()
-            fetch_exact(v_words, v_rows, tile0, seen, NG, VG)
-            async_copy.commit_group()
-            for tile in range(tile0, tile1):
-                position, seen = exact(tile * 32 + t32, tokens, n, slots, sinks)
-                _at, next_seen = exact(tile * 32 + 32 + t32, tokens, n, slots, sinks)
-                async_copy.wait_group(1)
-                k_tile = k_words.index(0).load(OPERAND_A).to(dtype, bitcast=True)
-                if tile + 1 < tile1:
-                    fetch_exact(k_words, k_rows, tile + 1, next_seen, 1, D)
-                async_copy.commit_group()
-                x = mma_v2(k_tile, q, gl.zeros([32, 8], gl.float32, layout=MMA))
-                x = cap(x * (unit_score * (1.0 / LIFT)), softcap)
-                allowed = seen[:, None] & (position[:, None] <= seen_to[None, :])
-                x = gl.where(allowed, x, float("-inf"))
-                new_m = gl.maximum(m, gl.max(x, 0))
-                alpha = gl.exp2(m - new_m)
-                m = new_m
-                p = gl.exp2(x - m[None, :])
-                mass = mass * alpha + gl.sum(p, 0)
-                p = gl.convert_layout(transpose_blocks(p.to(dtype)), OPERAND_B, assert_trivial=True)
-                async_copy.wait_group(1)
-                new_values = ()
-                for g in gl.static_range(NG):
-                    v_tile = (
-                        v_words.index(g).permute((1, 0)).load(OPERAND_A).to(dtype, bitcast=True)
-                    )
-                    new_values = new_values + (mma_v2(v_tile, p, values[g] * alpha[None, :]),)
-                values = new_values
-                if tile + 1 < tile1:
-                    fetch_exact(v_words, v_rows, tile + 1, next_seen, NG, VG)
-                async_copy.commit_group()
-            async_copy.wait_group(0)
+            at_row = ((b * Hkv + h) * (slots + 1)).to(gl.int64) * D
+            seen_to = gl.minimum(seen_to, tokens - 1)
+            m, mass, values = attend_exact(
+                m, mass, values, q, unit_score * (1.0 / LIFT), seen_to, k_words, v_words,
+                xk + at_row, xv + at_row, tile0, tile1, tokens, n, slots, sinks, softcap, D, VG,
+            )  # fmt: skip
 
         ch = gl.arange(0, VG, layout=gl.SliceLayout(1, MMA))
         if SINGLE:
-            my_q = block * 8 + r8
             head = h * (rows // T) + my_q // T
             m, mass, weight = join_aux(m, mass, s_aux, head, my_q < rows)
             o_at = q_at + my_q[None, :] * D + ch[:, None]

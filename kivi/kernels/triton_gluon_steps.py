@@ -7,7 +7,6 @@ from kivi.kernels.triton_tile_gluon import (
     MMA,
     OPERAND_B,
     PLAIN,
-    copy_exact,
     copy_groups,
     copy_rows,
     copy_zeros,
@@ -31,12 +30,20 @@ def _add(a, b):
 
 
 @gluon.jit
-def units(packed, B, heads, exact_steps, STEP: gl.constexpr, ROWS: gl.constexpr):
+def exact_tokens(tokens, packed, sinks):
+    """How many of a row's tokens are in exact slots."""
+    return gl.minimum(tokens, sinks) + gl.maximum(tokens - sinks - packed, 0)
+
+
+@gluon.jit
+def units(packed, length, B, heads, sinks, STEP: gl.constexpr, ROWS: gl.constexpr):
     """Steps of all of each row's heads, and their running sum, `[ROWS]`."""
     layout: gl.constexpr = gl.BlockedLayout([max(1, ROWS // 32)], [32], [1], [0])
     row = gl.arange(0, ROWS, layout=layout)
-    tokens = gl.load(packed + row, mask=row < B, other=0).to(gl.int32)
-    steps = gl.where(row < B, ((tokens + STEP - 1) // STEP + exact_steps) * heads, 0)
+    n = gl.load(packed + row, mask=row < B, other=0).to(gl.int32)
+    tokens = gl.load(length + row, mask=row < B, other=0).to(gl.int32)
+    exact_steps = gl.maximum((exact_tokens(tokens, n, sinks) + 63) // 64, 1)
+    steps = gl.where(row < B, ((n + STEP - 1) // STEP + exact_steps) * heads, 0)
     return steps, gl.associative_scan(steps, 0, _add)
 
 
@@ -92,24 +99,6 @@ def fetch_value_groups(scales, zeros, vs, vz, unit, sub, last, NP: gl.constexpr,
     flat = view_as(scales, scales.dtype, [NP, 32 * NG], PLAIN)
     copy_groups(flat, vs + first, NP, 32 * NG, last)
     copy_zeros(zeros, vz + first, NP * 32, NG, last)
-
-
-@gluon.jit
-def exact(slot, tokens, packed, slots, sinks):
-    """Position of the token in an exact slot, and whether it is part of the row."""
-    ring = slots - sinks
-    newest = tokens - 1 - sinks
-    behind = (newest - (slot - sinks) + ring) % ring
-    position = gl.where(slot < sinks, slot, sinks + newest - behind)
-    seen = gl.where(slot < sinks, slot < tokens, (position >= sinks + packed) & (newest >= 0))
-    return position, seen & (slot < slots)
-
-
-@gluon.jit
-def fetch_exact(target, source, tile, seen, NG: gl.constexpr, VG: gl.constexpr):
-    """32 exact slots as `[NG, 32, VG]`."""
-    for g in gl.static_range(NG):
-        copy_exact(target.index(g), source + tile * (32 * NG * VG) + g * VG, seen, VG, NG * VG)
 
 
 @gluon.jit

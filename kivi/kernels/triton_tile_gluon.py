@@ -256,15 +256,31 @@ def copy_groups(target, source, rows: gl.constexpr, cols: gl.constexpr, last):
 
 
 @gluon.jit
-def copy_exact(target, source, seen, cols: gl.constexpr, stride):
-    """32 dense rows; those that are not `seen` (a tensor `[32]`) become 0, whatever they hold."""
+def copy_exact(
+    target,
+    source,
+    first,
+    start,
+    tokens,
+    packed,
+    ring,
+    sinks,
+    cols: gl.constexpr,
+    stride: gl.constexpr,
+):
+    """32 dense rows, the exact tokens from the first-th on, of which ring slot `start` is one.
+
+    Rows that are not part of the sequence become 0, whatever they hold.
+    """
     layout: gl.constexpr = rows_layout(cols)
-    r = gl.arange(0, 32, layout=gl.SliceLayout(1, layout))
+    i = gl.arange(0, 32, layout=gl.SliceLayout(1, layout))
     c = gl.arange(0, cols, layout=gl.SliceLayout(0, layout))
-    seen = gl.convert_layout(seen, gl.SliceLayout(1, layout))
+    is_sink = first + i < sinks
+    slot = start + i
+    slot = gl.where(is_sink, first + i, sinks + gl.where(slot < ring, slot, slot - ring))
+    seen = gl.where(is_sink, first + i, packed + first + i) < tokens
     source = source.to(gl.pointer_type(gl.int16), bitcast=True)
-    pointers = source + r[:, None] * stride + c[None, :]
-    start_copy(target, pointers, mask=seen[:, None])
+    start_copy(target, source + slot[:, None] * stride + c[None, :], mask=seen[:, None])
 
 
 @gluon.jit

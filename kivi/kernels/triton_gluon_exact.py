@@ -1,0 +1,98 @@
+"""The Gluon kernel's part over sinks and the exact window."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+
+from kivi.kernels.triton_gluon_steps import cap
+from kivi.kernels.triton_tile_gluon import MMA, OPERAND_A, OPERAND_B, copy_exact, transpose_blocks
+
+
+@gluon.jit
+def _fetch(
+    target,
+    source,
+    first,
+    tokens,
+    packed,
+    slots,
+    sinks,
+    NG: gl.constexpr,
+    VG: gl.constexpr,
+):
+    """32 of a row's exact tokens, from the first-th on, as `[NG, 32, VG]`; 0 past their end."""
+    ring = slots - sinks
+    # Where the ring's part of the tile starts; in a tile of sinks before slot 0 of the ring.
+    start = packed + first - sinks
+    start = gl.where(start < 0, start, start % ring)
+    for g in gl.static_range(NG):
+        copy_exact(
+            target.index(g), source + g * VG, first, start, tokens, packed, ring, sinks, VG, NG * VG
+        )
+
+
+@gluon.jit
+def attend_exact(
+    m, mass, values, q, unit_score, seen_to, k_words, v_words, k_rows, v_rows,
+    tile0, tile1, tokens, packed, slots, sinks, softcap,
+    D: gl.constexpr, VG: gl.constexpr,
+):  # fmt: skip
+    """Go on with `m`, `mass [8]` and `values` (a group of channels each, `[VG, 8]`).
+
+    Args:
+        m: maximum of the scores so far, in log 2.
+        mass: sum of probabilities so far.
+        values: sums of values so far.
+        q: operand B `[D, 8]`; scores are its products times `unit_score [8]`.
+        unit_score: see q.
+        seen_to: `[8]`, the last position that each query sees.
+        k_words: shared memory of a tile of keys; `v_words` of values.
+        v_words: see k_words.
+        k_rows: the (row, head)'s exact slots; `v_rows` likewise.
+        v_rows: see k_rows.
+        tile0: first tile of 32 exact tokens, `tile1` the end.
+        tile1: see tile0.
+        tokens: of the row, of which `packed` are packed.
+        packed: see tokens.
+        slots: sinks and ring.
+        sinks: slots of the first tokens.
+        softcap: see the kernel.
+        D: head dimension; VG: channels of a group.
+        VG: see D.
+    """
+    dtype: gl.constexpr = q.dtype
+    NG: gl.constexpr = D // VG
+    t32 = gl.arange(0, 32, layout=gl.SliceLayout(1, MMA))
+    _fetch(k_words, k_rows, tile0 * 32, tokens, packed, slots, sinks, 1, D)
+    async_copy.commit_group()
+    _fetch(v_words, v_rows, tile0 * 32, tokens, packed, slots, sinks, NG, VG)
+    async_copy.commit_group()
+    for tile in range(tile0, tile1):
+        after = tile * 32 + 32
+        index = tile * 32 + t32
+        position = gl.where(index < sinks, index, packed + index)
+        async_copy.wait_group(1)
+        k_tile = k_words.index(0).load(OPERAND_A).to(dtype, bitcast=True)
+        if tile + 1 < tile1:
+            _fetch(k_words, k_rows, after, tokens, packed, slots, sinks, 1, D)
+        async_copy.commit_group()
+        x = mma_v2(k_tile, q, gl.zeros([32, 8], gl.float32, layout=MMA))
+        x = cap(x * unit_score, softcap)
+        x = gl.where(position[:, None] <= seen_to[None, :], x, float("-inf"))
+        new_m = gl.maximum(m, gl.max(x, 0))
+        alpha = gl.exp2(m - new_m)
+        m = new_m
+        p = gl.exp2(x - m[None, :])
+        mass = mass * alpha + gl.sum(p, 0)
+        p = gl.convert_layout(transpose_blocks(p.to(dtype)), OPERAND_B, assert_trivial=True)
+        async_copy.wait_group(1)
+        scaled = ()
+        for g in gl.static_range(NG):
+            v_tile = v_words.index(g).permute((1, 0)).load(OPERAND_A).to(dtype, bitcast=True)
+            scaled = scaled + (mma_v2(v_tile, p, values[g] * alpha[None, :]),)
+        values = scaled
+        if tile + 1 < tile1:
+            _fetch(v_words, v_rows, after, tokens, packed, slots, sinks, NG, VG)
+        async_copy.commit_group()
+    async_copy.wait_group(0)
+    return m, mass, values
