@@ -161,7 +161,7 @@ def decode(
         (pages[1], -symmetric_offset(n)) if pages[2] is None else (pages[2], 1.0)
         for pages, n in ((key, bits[0]), (value, bits[1]))
     ]
-    several = 1 if b == 1 else max(32, 1 << (b - 1).bit_length())
+    several = 1 if b == 1 else max(32, 2 ** (b - 1).bit_length())
     static = (d, *bits, *groups, zero_of[0][1], zero_of[1][1], planes, several, single)
     early = major >= 9  # programmatic dependent launch
     kind = (q.device, q.dtype, softcap is None, None if s_aux is None else s_aux.dtype)
@@ -177,7 +177,7 @@ def decode(
     )
     if not single:
         # All parts of a query at once: one round of loads.
-        most = min(256, 1 << (-(-programs // units) + 1).bit_length())
+        most = min(256, 2 ** (-(-programs // units) + 1).bit_length())
         channels = min(d, max(16, 2048 // most))
         constants = (d, 32 * planes, several, most, channels, early)
         _combine(
