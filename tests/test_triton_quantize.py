@@ -253,7 +253,7 @@ kinds = dict(words="*i16", scale="*fp16", zero="*fp16", x="*fp16", page="*i64", 
 kinds |= dict(heads="i32", x_run="i32", x_head="i32")
 signature = {name: kinds.get(name, "constexpr") for name in kernel.arg_names}
 for call in (2, "channel", 32, "asymmetric"), (3, "token", 32, "least_squares"):
-    constants = module._constants(*call, 256, 64, float16)
+    constants = dict(module._constants(*call, 256, 64, float16, False))
     warps = constants.pop("num_warps")
     constants |= dict(valid=None, valid_run=0, valid_head=0, valid_token=0, X_TOKEN=64)
     for target in targets:

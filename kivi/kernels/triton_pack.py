@@ -53,6 +53,7 @@ def quantize_tiles(
     SPLIT: tl.constexpr,  # pieces of a group of channels in each of which a thread has elements
     VECTOR: tl.constexpr,  # neighbouring channels of a thread
     STAGES: tl.constexpr,  # chunks on their way
+    PAIRS: tl.constexpr,  # bfloat16 two by two, with the instructions of sm_80
 ):
     """Quantize tokens and put their codes, scales and zeros into their page."""
     # The low part of a code, for 3 bits not all of it: its width, and the planes of a tile.
@@ -68,8 +69,11 @@ def quantize_tiles(
     span = number // BLOCKS % (U // SPAN)
     head = number // (BLOCKS * (U // SPAN)) % heads
     run = (number // (BLOCKS * (U // SPAN)) // heads).to(tl.int64)
+    which = tl.load(page + run)
+    if which == 0:  # the bin
+        return
     token = tl.load(first + run) + span * SPAN  # in its page
-    place = tl.load(page + run) * heads + head
+    place = which * heads + head
     x += run * x_run + head.to(tl.int64) * x_head + span.to(tl.int64) * (SPAN * X_TOKEN)
 
     # Elements of a chunk: [groups, tokens of a group, channels], or [groups, tokens, pieces of a
@@ -118,12 +122,12 @@ def quantize_tiles(
         # A NaN takes no part in its group, and its code is 0.
         raw = tl.load(source, mask=mask, other=None if mask is None else float("nan"))
         source += CHUNK * X_TOKEN
-        s, z = fit(raw, BITS, GRID, OFFSET, CHANNEL, LIMIT, EPS, LEAST, UNIT)
+        s, z = fit(raw, BITS, GRID, OFFSET, CHANNEL, LIMIT, EPS, LEAST, UNIT, PAIRS)
         tl.store(scale + meta, s.to(scale.dtype.element_ty), mask=known)
         if zero is not None:
             tl.store(zero + meta, z.to(zero.dtype.element_ty), mask=known)
         meta += CHUNK // (G if CHANNEL else 1) * META
-        codes = encode(raw.to(tl.float32), s, z, BITS).to(tl.int32, bitcast=True)
+        codes = encode(raw.to(tl.float32), s, z, BITS, EPS)
         if CHANNEL:
             codes = tl.reshape(codes, [TILES, SHARE, ROWS, BLOCK])
             offset = tl.arange(0, SHARE)[None, :, None, None]
@@ -167,7 +171,10 @@ def copy_tokens(
     start = number % (U // ROWS) * ROWS
     head = number // (U // ROWS) % heads
     run = (number // (U // ROWS) // heads).to(tl.int64)
-    place = (tl.load(page + run) * heads + head) * PAGE + tl.load(first + run) + start
+    which = tl.load(page + run)
+    if which == 0:  # the bin
+        return
+    place = (which * heads + head) * PAGE + tl.load(first + run) + start
     source = x + run * x_run + head.to(tl.int64) * x_head + start.to(tl.int64) * X_TOKEN
     row, channel = tl.arange(0, ROWS)[:, None], tl.arange(0, PADDED)[None, :]
     mask = None if PADDED == D else channel < D

@@ -20,8 +20,23 @@ from kivi.spec import TILE_ROWS, WORD_BITS, QuantSpec
 
 
 @cache
+def _has_pairs(device: torch.device) -> bool:
+    """Whether a GPU computes with two bfloat16 at once, and takes NVIDIA's assembly."""
+    if device.type != "cuda" or torch.version.hip:
+        return False
+    return bool(torch.cuda.get_device_properties(device).major >= 8)
+
+
+@cache
 def _constants(
-    bits: int, axis: str, group_size: int | None, grid: str, unit: int, d: int, dtype: torch.dtype
+    bits: int,
+    axis: str,
+    group_size: int | None,
+    grid: str,
+    unit: int,
+    d: int,
+    dtype: torch.dtype,
+    pairs: bool,
 ) -> dict[str, Any]:
     """What the kernel is compiled for, and how it shares elements out to programs and threads."""
     spec = QuantSpec(bits, axis, group_size, grid)  # type: ignore[arg-type]
@@ -62,7 +77,10 @@ def _constants(
         "PADDED": padded,
         "SPLIT": split,
         "VECTOR": vector,
-        "STAGES": 2,
+        # Elements of 16-byte asynchronous copies come out of shared memory one by one.
+        "STAGES": 2 if channel else 1,
+        # Not where threads share a channel: they would exchange all pairs.
+        "PAIRS": pairs and dtype == torch.bfloat16 and (not channel or block == 64),
         "num_warps": warps,
     }
 
@@ -92,7 +110,8 @@ def _op(
             programs = runs * heads * (unit // TILE_ROWS)
             copy_tokens[(programs,)](words, x, page, first, heads, *strides, unit, d, padded)
             return
-        constants = _constants(bits, axis, group_size, grid, unit, d, x.dtype)
+        pairs = _has_pairs(x.device)
+        constants = _constants(bits, axis, group_size, grid, unit, d, x.dtype, pairs)
         programs = runs * heads * (unit // constants["SPAN"]) * constants["BLOCKS"]
         of_valid = (0, 0, 0) if valid is None else valid.stride()
         tensors = (words, scale, zero, x, page, first, valid)
