@@ -109,7 +109,8 @@ def quantize_pack(
         pages: the storage.
         spec: None stores `x` as it is.
         x: `[N, Hkv, U, D]`, U whole groups and whole planes, dividing 512.
-        page: `[N]` int64, the page of each run (page 0 may serve as a bin).
+        page: `[N]` int64, the page of each run (page 0 is a bin: an implementation may
+            drop what goes there).
         first: `[N]` int64, the run's first token in its page, a multiple of U.
         valid: bool, broadcastable to `[N, Hkv, U]`: tokens that count (default: all).
     """

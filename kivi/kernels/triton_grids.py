@@ -68,7 +68,8 @@ def _min(x, CHANNEL: tl.constexpr):
         if CHANNEL:
             x = unpair(tl.reduce(x, axis, _least_pair, keep_dims=True))
         else:
-            x = tl.reduce(tl.reduce(x, 3, _least_pair, keep_dims=True), axis, _least_pair, keep_dims=True)
+            x = tl.reduce(x, 3, _least_pair, keep_dims=True)
+            x = tl.reduce(x, axis, _least_pair, keep_dims=True)
             x = tl.minimum(low_half(x), high_half(x))
     else:
         if not CHANNEL:
@@ -84,7 +85,8 @@ def _max(x, CHANNEL: tl.constexpr):
         if CHANNEL:
             x = unpair(tl.reduce(x, axis, _largest_pair, keep_dims=True))
         else:
-            x = tl.reduce(tl.reduce(x, 3, _largest_pair, keep_dims=True), axis, _largest_pair, keep_dims=True)
+            x = tl.reduce(x, 3, _largest_pair, keep_dims=True)
+            x = tl.reduce(x, axis, _largest_pair, keep_dims=True)
             x = tl.maximum(low_half(x), high_half(x))
     else:
         if not CHANNEL:

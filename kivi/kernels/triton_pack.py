@@ -24,7 +24,7 @@ def quantize_tiles(
     scale,  # channel: [pages, heads, 512 / G, D]; token: [pages, heads, 512, D / G]
     zero,  # like scale, or None
     x,  # [runs, heads, U, D]
-    page,  # [runs] int64
+    page,  # [runs] int64; nothing is done for page 0
     first,  # [runs] int64
     valid,  # [runs, heads, U] bool, or None
     heads,
@@ -156,7 +156,7 @@ def quantize_tiles(
 def copy_tokens(
     words,  # [pages, heads, 512, D], like x
     x,  # [runs, heads, U, D]
-    page,  # [runs] int64
+    page,  # [runs] int64; nothing is done for page 0
     first,  # [runs] int64
     heads,
     x_run,  # strides

@@ -138,7 +138,11 @@ def quantize_pack(
     first: Tensor,
     valid: Tensor | None = None,
 ) -> None:
-    """`quantize.quantize_pack`, as the operator `kivi::quantize_pack`; pages are contiguous."""
+    """`quantize.quantize_pack`, as the operator `kivi::quantize_pack`.
+
+    Pages are contiguous. Nothing is read or written for page 0, so that a step on which no unit
+    leaves the window costs next to nothing.
+    """
     if valid is not None:
         valid = valid.expand(x.shape[:3])
     of_spec = (spec.bits, spec.axis, spec.group_size, spec.grid) if spec else (0, "", None, "")
