@@ -25,7 +25,8 @@ class Step(NamedTuple):
     """What storing T columns does to the counters; computed before anything changes.
 
     `position [B, T]` of each column in its row, -1 for padding; `length [B]` and `packed [B]`
-    afterwards; `units`: at most so many units leave the window of a row.
+    afterwards; `units`: at most so many units leave the window of a row. They may be views of the
+    counters.
     """
 
     position: Tensor
@@ -42,19 +43,29 @@ def ring_slots(spec: KVSpec) -> int:
 def slots(spec: KVSpec, position: Tensor) -> Tensor:
     """The exact slot of a position; the bin, S + W, for a negative one."""
     sinks, ring = spec.sink_length, ring_slots(spec)
-    slot = torch.where(position < sinks, position, sinks + (position - sinks) % ring)
-    return torch.where(position < 0, sinks + ring, slot)
+    if sinks:
+        slot = torch.where(position < sinks, position, sinks + (position - sinks) % ring)
+    else:
+        slot = position % ring
+    return slot.masked_fill(position < 0, sinks + ring)
 
 
 def plan(view: CacheView, spec: KVSpec, t: int, valid: Tensor | None, units: int) -> Step:
-    """The step that stores t columns, those of `valid [B, t]` only; at most `units` units leave."""
+    """The step that stores t columns, those of `valid [B, t]` only; at most `units` units leave.
+
+    A decode step in eager mode launches every operation here on its own: no more than it needs.
+    """
     if valid is None:
-        position = view.length[:, None] + torch.arange(t, device=view.length.device)
+        position = view.length[:, None]
+        if t > 1:
+            position = position + torch.arange(t, device=view.length.device)
         length = view.length + t
     else:
         position = torch.where(valid, view.length[:, None] + valid.cumsum(1) - 1, -1)
         length = view.length + valid.sum(1)
-    window = length - view.packed - spec.sink_length - spec.residual_length
+    if not units:
+        return Step(position, length, view.packed, 0)
+    window = length - view.packed - (spec.sink_length + spec.residual_length)
     leaving = window.clamp_min(0) // spec.unit * spec.unit
     return Step(position, length, view.packed + leaving, units)
 
