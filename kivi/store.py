@@ -127,9 +127,8 @@ def pack_units(
         stride = units_per_tile(one.bits, unit) if one else 1
         for start in range(min(stride, x.shape[2])):
             pick = slice(start, None, stride)
-            run = x[:, :, pick].transpose(1, 2).flatten(0, 1)
-            offset = (first[:, pick] % PAGE_TOKENS).flatten()
-            quantize_pack(pages, one, run, page[:, pick].flatten(), offset)
+            run, offset = x[:, :, pick].transpose(1, 2), first[:, pick] % PAGE_TOKENS
+            quantize_pack(pages, one, run, page[:, pick], offset)
 
 
 def store(
@@ -160,12 +159,12 @@ def store(
         body = [x[:, :, sinks : sinks + units * unit] for x in (k, v)]
         done = units * unit // PAGE_TOKENS
         if done:
-            page = view.table[:, :done].flatten()
+            page = view.table[:, :done]
             for x, pages, one in zip(
                 body, (view.key, view.value), (spec.key, spec.value), strict=True
             ):
                 run = x[:, :, : done * PAGE_TOKENS].unflatten(2, (done, PAGE_TOKENS))
-                quantize_pack(pages, one, run.transpose(1, 2).flatten(0, 1), page, page * 0)
+                quantize_pack(pages, one, run.transpose(1, 2), page, page * 0)
         body = [x[:, :, done * PAGE_TOKENS :] for x in body]
         units -= done * PAGE_TOKENS // unit
     elif units:

@@ -18,17 +18,20 @@ PAGE = tl.constexpr(PAGE_TOKENS)
 ROWS = tl.constexpr(TILE_ROWS)
 
 
-@triton.jit
+# n changes with a prompt: a kernel would be compiled again for 1, and for multiples of 16.
+@triton.jit(do_not_specialize=["n"])
 def quantize_tiles(
     words,  # [pages, heads, BITS, 32, D] int16
     scale,  # channel: [pages, heads, 512 / G, D]; token: [pages, heads, 512, D / G]
     zero,  # like scale, or None
-    x,  # [runs, heads, U, D]
+    x,  # [runs / n, n, heads, U, D]
     page,  # [runs] int64; nothing is done for page 0
     first,  # [runs] int64
     valid,  # [runs, heads, U] bool, or None
     heads,
-    x_run,  # strides
+    n,  # runs in a row
+    x_row,  # strides
+    x_run,
     x_head,
     valid_run,
     valid_head,
@@ -74,7 +77,8 @@ def quantize_tiles(
         return
     token = tl.load(first + run) + span * SPAN  # in its page
     place = which * heads + head
-    x += run * x_run + head.to(tl.int64) * x_head + span.to(tl.int64) * (SPAN * X_TOKEN)
+    x += run // n * x_row + run % n * x_run
+    x += head.to(tl.int64) * x_head + span.to(tl.int64) * (SPAN * X_TOKEN)
 
     # Elements of a chunk: [groups, tokens of a group, channels], or [groups, tokens, pieces of a
     # group, channels of a piece]. `i // VECTOR * VECTOR + i % VECTOR` is i, and tells the compiler
@@ -152,14 +156,16 @@ def quantize_tiles(
         insert_thirds(halves + word * 2 + tile, packed, inside, plane, PUT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def copy_tokens(
     words,  # [pages, heads, 512, D], like x
-    x,  # [runs, heads, U, D]
+    x,  # [runs / n, n, heads, U, D]
     page,  # [runs] int64; nothing is done for page 0
     first,  # [runs] int64
     heads,
-    x_run,  # strides
+    n,  # runs in a row
+    x_row,  # strides
+    x_run,
     x_head,
     X_TOKEN: tl.constexpr,
     U: tl.constexpr,
@@ -175,7 +181,8 @@ def copy_tokens(
     if which == 0:  # the bin
         return
     place = (which * heads + head) * PAGE + tl.load(first + run) + start
-    source = x + run * x_run + head.to(tl.int64) * x_head + start.to(tl.int64) * X_TOKEN
+    x += run // n * x_row + run % n * x_run
+    source = x + head.to(tl.int64) * x_head + start.to(tl.int64) * X_TOKEN
     row, channel = tl.arange(0, ROWS)[:, None], tl.arange(0, PADDED)[None, :]
     mask = None if PADDED == D else channel < D
     tokens = tl.load(source + row * X_TOKEN + channel, mask=mask)

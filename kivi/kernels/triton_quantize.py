@@ -99,16 +99,18 @@ def _op(
     grid: str,
 ) -> None:
     assert all(t is None or t.is_contiguous() for t in (words, scale, zero))
-    runs, heads, unit, d = x.shape
-    if x.stride(3) != 1:
+    if x.stride(-1) != 1:
         x = x.contiguous()
     page, first = page.contiguous(), first.contiguous()
-    strides = x.stride()[:3]
+    # Rows of runs, whose tokens need not lie side by side: a prompt is read where it is.
+    rows = x if x.dim() == 5 else x.unsqueeze(0)
+    (_, n, heads, unit, d), strides = rows.shape, rows.stride()[:4]
+    runs = page.numel()
     with torch.cuda.device_of(x):
         if not bits:
             padded = triton.next_power_of_2(d)
             programs = runs * heads * (unit // TILE_ROWS)
-            copy_tokens[(programs,)](words, x, page, first, heads, *strides, unit, d, padded)
+            copy_tokens[(programs,)](words, x, page, first, heads, n, *strides, unit, d, padded)
             return
         pairs = _has_pairs(x.device)
         constants = _constants(bits, axis, group_size, grid, unit, d, x.dtype, pairs)
@@ -116,7 +118,7 @@ def _op(
         of_valid = (0, 0, 0) if valid is None else valid.stride()
         tensors = (words, scale, zero, x, page, first, valid)
         quantize_tiles[(programs,)](
-            *tensors, heads, *strides[:2], *of_valid, strides[2], **constants
+            *tensors, heads, n, *strides[:3], *of_valid, strides[3], **constants
         )
 
 
@@ -144,6 +146,7 @@ def quantize_pack(
     leaves the window costs next to nothing.
     """
     if valid is not None:
-        valid = valid.expand(x.shape[:3])
+        valid = valid.expand(x.shape[:-1])
+        valid = valid.flatten(0, 1) if x.dim() == 5 else valid
     of_spec = (spec.bits, spec.axis, spec.group_size, spec.grid) if spec else (0, "", None, "")
     torch.ops.kivi.quantize_pack.default(*pages, x, page, first, valid, *of_spec)
