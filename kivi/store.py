@@ -119,7 +119,7 @@ def pack_units(
         quantize_pack: the operator.
     """
     column = (first // PAGE_TOKENS).clamp_max(view.table.shape[1] - 1)
-    page = torch.where(due, view.table.gather(1, column), 0)
+    page, offset = view.table.gather(1, column) * due, first % PAGE_TOKENS
     specs = (spec.key, spec.value)
     for x, pages, one in zip(sources, (view.key, view.value), specs, strict=True):
         unit = x.shape[3]
@@ -127,8 +127,8 @@ def pack_units(
         stride = units_per_tile(one.bits, unit) if one else 1
         for start in range(min(stride, x.shape[2])):
             pick = slice(start, None, stride)
-            run, offset = x[:, :, pick].transpose(1, 2), first[:, pick] % PAGE_TOKENS
-            quantize_pack(pages, one, run, page[:, pick], offset)
+            run = x[:, :, pick].transpose(1, 2)
+            quantize_pack(pages, one, run, page[:, pick], offset[:, pick])
 
 
 def store(
@@ -170,8 +170,9 @@ def store(
     elif units:
         body = _leaving(view, spec, k, v, step)
     if units:
-        first = torch.arange(units, device=k.device) * unit + done * PAGE_TOKENS
-        first = view.packed[:, None] + first
+        first = view.packed[:, None]
+        if units > 1 or done:
+            first = first + torch.arange(units, device=k.device) * unit + done * PAGE_TOKENS
         sources = (body[0].unflatten(2, (units, unit)), body[1].unflatten(2, (units, unit)))
         pack_units(view, spec, sources, first, first < step.packed[:, None], quantize_pack)
     if t > SLACK:
