@@ -1,8 +1,9 @@
 """The operators' host code where there is no GPU: what it would launch is compiled, or counted.
 
-`python tests/kernels_without_gpu.py compile TARGET` compiles for "sm_80", "sm_90" or "gfx942" what
-a few calls launch; `variants` makes many calls and compiles nothing. Both print JSON. Must run in a
-process of its own, without TRITON_INTERPRET.
+`python tests/kernels_without_gpu.py compile TARGET [KERNEL ...]` compiles for "sm_80", "sm_90" or
+"gfx942" what a few calls launch, and prints the shared memory of each kernel as JSON; `variants`
+makes many calls, compiles nothing, and prints how many times it would have, and for how many
+different constants. Must run in a process of its own, without TRITON_INTERPRET.
 """
 
 import json
@@ -133,11 +134,13 @@ def recorded(calls: Callable[[], None]) -> dict[str, dict[str, tuple]]:
     return seen
 
 
-def main(mode: str, target: str = "sm_90") -> None:
+def main(mode: str, target: str = "sm_90", *only: str) -> None:
     become(TARGETS[target])
     result: dict[str, object] = {}
     if mode == "compile":
         for name, kinds in recorded(few_calls).items():
+            if only and name not in only:
+                continue
             built = [f.preload(kind["specialization_data"]) for f, kind in kinds.values()]
             result[name] = max(kernel.metadata.shared for kernel in built)
     else:
