@@ -1,13 +1,17 @@
 """decode_attention alone: one query token over packed pages and the exact window of 128 tokens.
 
-`python bench/bench_attention.py [--out FILE] [--impls triton,compile,eager] [--plot FILE.png]`,
-on a GPU. Pages hold random codes and scales; every row has the same length. "ms" is the median of
-`triton.testing.do_bench` (cold L2), "graph ms" that of CUDA-graph replays. The ratios are to the
-fastest fp16 attention of PyTorch in the same run.
+`python bench/bench_attention.py [--out FILE] [--impls triton,compile,eager] [--plot FILE.png]
+[--dense cudnn,flash,flex,flashinfer]`, on a GPU. Pages hold random codes and scales; every row has
+the same length. "ms" is the median of `triton.testing.do_bench` (cold L2), "graph ms" that of
+CUDA-graph replays. The ratios are to the fastest 16-bit attention in the same run: PyTorch's SDPA
+on cuDNN and on FlashAttention, compiled FlexAttention, and FlashInfer where it is installed. What
+cannot serve a case is left out of it, and named.
 """
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,7 +19,9 @@ import torch.nn.functional as F
 import typer
 from measure import copy_bandwidth, report
 from rich.progress import track
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import flex_attention
 from triton.testing import do_bench, do_bench_cudagraph
 
 from kivi import KVSpec, QuantSpec
@@ -34,7 +40,6 @@ CASES = {
 FORMATS = {"2 bit G=32": (2, 32), "2 bit G=128": (2, 128), "4 bit G=32": (4, 32)}
 CONTEXTS = [2**i for i in range(10, 18)]
 CURVE = "context, GQA 32/8 B=8"
-SDPA = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION)
 
 
 def random_pages(spec: QuantSpec, count: int, heads: int, d: int, dtype: torch.dtype) -> Pages:
@@ -70,21 +75,55 @@ def random_view(
     )
 
 
-def fp16(
-    batch: int, heads: int, ratio: int, tokens: int, d: int, dtype: torch.dtype
-) -> list[float]:
-    """Milliseconds of the fastest SDPA backend, by do_bench and by graph replay."""
+def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Callable[[], object]:
+    """PyTorch's attention, on the backend of the context."""
+    return lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] > k.shape[1])
+
+
+def flex(q: Tensor, k: Tensor, v: Tensor) -> Callable[[], object]:
+    """FlexAttention, compiled for these shapes."""
+    torch._dynamo.reset()  # it compiles a function for few shapes only
+    compiled = torch.compile(flex_attention, dynamic=False)
+    return lambda: compiled(q, k, v, enable_gqa=q.shape[1] > k.shape[1])
+
+
+def flashinfer(q: Tensor, k: Tensor, v: Tensor) -> Callable[[], object]:
+    """FlashInfer's paged decode, on pages of 16 tokens."""
+    from flashinfer import BatchDecodeWithPagedKVCacheWrapper  # type: ignore[import-not-found]
+
+    (b, hkv, t, d), page = k.shape, 16
+    cache = [x.transpose(1, 2).reshape(b * t // page, page, hkv, d) for x in (k, v)]
+    workspace = torch.empty(2**27, dtype=torch.uint8, device=q.device)
+    wrapper = BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=True)
+    counts = torch.arange(b + 1, dtype=torch.int32, device=q.device) * (t // page)
+    indices = torch.arange(b * t // page, dtype=torch.int32, device=q.device)
+    last = torch.full((b,), page, dtype=torch.int32, device=q.device)
+    heads = (q.shape[1], hkv, d, page)
+    wrapper.plan(counts, indices, last, *heads, q_data_type=q.dtype, kv_data_type=k.dtype)
+    return lambda: wrapper.run(q[:, :, 0], tuple(cache))
+
+
+DENSE = {"cudnn": sdpa, "flash": sdpa, "flex": flex, "flashinfer": flashinfer}
+BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+
+
+def dense_ms(
+    names: list[str], case: tuple[int, int, int, int], d: int, dtype: torch.dtype
+) -> dict[str, list[float]]:
+    """Milliseconds of each 16-bit attention that serves a case, by do_bench and by graph replay."""
+    batch, heads, ratio, tokens = case
     q = torch.randn(batch, heads * ratio, 1, d, device="cuda").to(dtype)
     k, v = (torch.randn(batch, heads, tokens, d, device="cuda").to(dtype) for _ in "kv")
-
-    def run() -> object:
-        return F.scaled_dot_product_attention(q, k, v, enable_gqa=ratio > 1)
-
-    best = []
-    for backend in SDPA:
-        with sdpa_kernel(backend):
-            best.append([f(run, return_mode="median") for f in (do_bench, do_bench_cudagraph)])
-    return [min(times) for times in zip(*best, strict=True)]
+    want, times = sdpa(q, k, v)(), {}
+    for name in names:
+        try:
+            with sdpa_kernel(BACKENDS.get(name, list(BACKENDS.values()))):
+                run = DENSE[name](q, k, v)
+                torch.testing.assert_close(run().view_as(want), want, atol=2e-3, rtol=2e-2)
+                times[name] = [f(run, return_mode="median") for f in (do_bench, do_bench_cudagraph)]
+        except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as error:
+            print(f"{name} does not serve {case}, head dim {d}: {str(error).splitlines()[0]}")
+    return times
 
 
 def measure(
@@ -108,12 +147,18 @@ def measure(
 
 
 def rows_of(
-    cases: dict[str, tuple[int, int, int, int]], impls: list[str], d: int, dtype: torch.dtype
+    cases: dict[str, tuple[int, int, int, int]],
+    impls: list[str],
+    dense: list[str],
+    d: int,
+    dtype: torch.dtype,
 ) -> list[dict[str, object]]:
     """A row for each case, format and implementation."""
     copy, rows = copy_bandwidth(), []
     for name, case in track(cases.items(), description="cases"):
-        base = fp16(*case, d, dtype)
+        times = dense_ms(dense, case, d, dtype)
+        fastest = min(times, key=lambda dense_name: times[dense_name][0])
+        base = [min(pair) for pair in zip(*times.values(), strict=True)]
         for format_name, (bits, group) in FORMATS.items():
             spec = KVSpec(
                 QuantSpec(bits, "channel", group), QuantSpec(bits, "token", min(group, d))
@@ -131,6 +176,7 @@ def rows_of(
                         "GB/s": nbytes / ms / 1e6,
                         "share of copy": nbytes / ms * 1e3 / copy,
                         "fp16 ms": base[0],
+                        "fp16 by": fastest,
                         "ratio": base[0] / ms,
                         "graph ratio": base[1] / graph,
                     }
@@ -166,13 +212,17 @@ def main(
     head_dim: int = 128,
     dtype: str = "float16",
     plot: Path | None = None,
+    dense: str = ",".join(DENSE),
 ) -> None:
     """Measure every case; with --plot also draw speed-up against context length."""
-    kind = getattr(torch, dtype)
-    rows: list[dict[str, object]] = rows_of(CASES, impls.split(","), head_dim, kind)
+    kind, names = getattr(torch, dtype), dense.split(",")
+    if importlib.util.find_spec("flashinfer") is None and "flashinfer" in names:
+        names.remove("flashinfer")
+        print("flashinfer is not installed")
+    rows: list[dict[str, object]] = rows_of(CASES, impls.split(","), names, head_dim, kind)
     if plot is not None:
         cases = {f"{CURVE} {n // 1024}K": (8, 8, 4, n) for n in CONTEXTS}
-        curve = rows_of(cases, ["triton"], head_dim, kind)
+        curve = rows_of(cases, ["triton"], names, head_dim, kind)
         draw(plot, curve, head_dim)
         rows += curve
     report(f"decode_attention, head dim {head_dim}, {dtype}", rows, out)

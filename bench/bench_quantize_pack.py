@@ -1,8 +1,12 @@
-"""quantize_pack: what torch.compile makes of the reference, against eager and a plain copy.
+"""quantize_pack: eager, what torch.compile makes of it, and Triton, against a plain copy.
 
-`python bench/bench_quantize_pack.py [--out FILE] [--match TEXT]` prints one table: time, GB/s (what
-must be read plus what must be written, over the time), share of this machine's copy bandwidth, and
-how many kernels inductor generated. `nox -s bench` runs the same cases under pytest-benchmark.
+`python bench/bench_quantize_pack.py [--out FILE] [--match TEXT] [--impls eager,compile,triton]`
+prints one table: time, time of a CUDA-graph replay, GB/s (what must be read plus what must be
+written, over the time), share of this machine's copy bandwidth, how many kernels inductor
+generated, and which implementation is fastest in the case. Cases: *prefill*, whole pages of a
+prompt of 32K tokens in 8 rows; *flush*, one unit of each row of a batch, as a decode step packs it:
+every unit is due, or none is (the others of a step go to the bin, page 0). `nox -s bench` runs the
+same cases under pytest-benchmark.
 """
 
 from __future__ import annotations
@@ -17,50 +21,97 @@ from measure import DEVICE, copy_bandwidth, environment, median_ms, report
 from torch import Tensor
 from torch._inductor import metrics
 
-from kivi.kernels.reference import quantize_pack
+from kivi import KVSpec, QuantSpec, store
+from kivi.attention import get_ops
 from kivi.quantize import Pages, empty_pages
-from kivi.spec import PAGE_TOKENS, QuantSpec
+from kivi.spec import PAGE_TOKENS
+from kivi.view import CacheView
 
+GPU = DEVICE == "cuda"
 HEADS, HEAD_DIM = 8, 128
-# Prefill: whole pages of a long prompt. Flush: one group of each row of a batch.
-SHAPES = {"prefill": (256 if DEVICE == "cuda" else 8, PAGE_TOKENS), "flush": (32, 32)}
+DTYPE = torch.bfloat16 if GPU else torch.float32
+ROWS, TOKENS = (8, 32768) if GPU else (2, 4096)
+BATCH = 32 if GPU else 4
+SHAPES = ("prefill", "flush, due", "flush, not due")
 SPECS = {
     "K per-channel, 2 bit": QuantSpec(2, "channel", 32),
     "V per-token, 2 bit": QuantSpec(2, "token", 32),
+    "K per-channel, 2 bit, G=128": QuantSpec(2, "channel", 128),
+    "V per-token, 2 bit, G=128": QuantSpec(2, "token", 128),
     "K per-channel, 2 bit, least squares": QuantSpec(2, "channel", 32, "least_squares"),
     "K per-channel, 4 bit": QuantSpec(4, "channel", 32),
+    "V per-token, 4 bit": QuantSpec(4, "token", 32),
 }
+IMPLS = ("eager", "compile", "triton") if GPU else ("eager", "compile")
 
 
 class Case(NamedTuple):
     """A call and the bytes that it must read and write."""
 
-    run: Callable[[], None]
+    run: Callable[[], object]
     nbytes: int
     kernels: int
 
 
+def prefill(spec: QuantSpec) -> tuple[Callable[..., None], Pages, int]:
+    """All pages of a prompt, as `store.store` passes them; elements."""
+    n = TOKENS // PAGE_TOKENS
+    x = torch.randn(ROWS, HEADS, TOKENS, HEAD_DIM, device=DEVICE).to(DTYPE)
+    run = x.unflatten(2, (n, PAGE_TOKENS)).transpose(1, 2)
+    page = torch.arange(ROWS * n, device=DEVICE).view(ROWS, n) + 1
+    pages = empty_pages(spec, ROWS * n + 1, HEADS, HEAD_DIM, DTYPE, DEVICE)
+
+    def call(op: Callable[..., None], *tensors: Tensor | None) -> None:
+        op(Pages(*tensors), spec, run, page, page * 0)
+
+    return call, pages, x.numel()
+
+
+def flush(spec: QuantSpec, due: bool) -> tuple[Callable[..., None], Pages, int]:
+    """One unit of each row through the predicate of a decode step; elements."""
+    kv = KVSpec(spec, None)
+    pages = empty_pages(spec, BATCH + 1, HEADS, HEAD_DIM, DTYPE, DEVICE)
+    x = torch.randn(BATCH, HEADS, 1, kv.unit, HEAD_DIM, device=DEVICE).to(DTYPE)
+    table = torch.arange(BATCH, device=DEVICE)[:, None] + 1
+    first = torch.zeros(BATCH, 1, dtype=torch.int64, device=DEVICE)
+    asked = torch.full((BATCH, 1), due, device=DEVICE)
+
+    def call(op: Callable[..., None], *tensors: Tensor | None) -> None:
+        empty = torch.empty(0, device=DEVICE)
+        view = CacheView(Pages(*tensors), pages, table, first, empty, empty, first)
+
+        def key_only(written: Pages, one: QuantSpec | None, *arguments: Tensor) -> None:
+            if one is not None:
+                op(written, one, *arguments)
+
+        store.pack_units(view, kv, (x, x), first, asked, key_only)
+
+    return call, pages, x.numel() * due
+
+
 def make(shape: str, spec: QuantSpec, impl: str) -> Case:
     """Set a case up; compiled ones have run once."""
-    n, tokens = SHAPES[shape]
-    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
-    x = torch.randn(n, HEADS, tokens, HEAD_DIM, dtype=dtype, device=DEVICE)
-    pages = empty_pages(spec, n, HEADS, HEAD_DIM, dtype, DEVICE)
-    page = torch.arange(n, device=DEVICE)
-    first = torch.zeros(n, dtype=torch.int64, device=DEVICE)
-
-    def call(words: Tensor, scale: Tensor | None, zero: Tensor | None) -> None:
-        quantize_pack(Pages(words, scale, zero), spec, x, page, first)
-
     torch._dynamo.reset()
     metrics.reset()
-    op = torch.compile(call, fullgraph=True) if impl == "compile" else call
-    op(*pages)
-    written = int(x.numel() * spec.bits_per_element(HEAD_DIM) / 8)
-    return Case(lambda: op(*pages), x.nbytes + written, metrics.generated_kernel_count)
+    if shape == "prefill":
+        call, pages, elements = prefill(spec)
+    else:
+        call, pages, elements = flush(spec, shape == "flush, due")
+    kind = KVSpec(spec, None)
+    sizes = ((HEAD_DIM, HEAD_DIM), DTYPE, torch.device(DEVICE))
+    op = get_ops("triton" if impl == "triton" else "eager", kind, *sizes).quantize_pack
+
+    def step(*tensors: Tensor | None) -> None:
+        call(op, *tensors)
+
+    run = torch.compile(step, fullgraph=True) if impl == "compile" else step
+    run(*pages)
+    written = int(elements * spec.bits_per_element(HEAD_DIM) / 8)
+    nbytes = elements * DTYPE.itemsize + written
+    return Case(lambda: run(*pages), nbytes, metrics.generated_kernel_count)
 
 
-@pytest.mark.parametrize("impl", ["eager", "compile"])
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_quantize_pack(benchmark, shape: str, name: str, impl: str) -> None:
@@ -68,36 +119,55 @@ def test_quantize_pack(benchmark, shape: str, name: str, impl: str) -> None:
 
     def run() -> None:
         case.run()
-        if DEVICE == "cuda":
+        if GPU:
             torch.cuda.synchronize()
 
     benchmark(run)
     benchmark.extra_info.update(environment(), nbytes=case.nbytes, kernels=case.kernels)
 
 
-def main(out: str | None = None, match: str = "") -> None:
+def graph_ms(run: Callable[[], object]) -> float:
+    """Median time of a replay; NaN without a GPU."""
+    if not GPU:
+        return float("nan")
+    from triton.testing import do_bench_cudagraph
+
+    return float(do_bench_cudagraph(run, return_mode="median"))
+
+
+def rows_of(shape: str, name: str, impls: list[str], copy: float) -> list[dict[str, object]]:
+    """A row for each implementation of a case; the fastest is named in the last column."""
+    spec, rows, times = SPECS[name], [], {}
+    for impl in impls:
+        case = make(shape, spec, impl)
+        ms, replay = median_ms(case.run), graph_ms(case.run)
+        # A flush is shorter than its launches: in a decode step it is part of a graph.
+        times[impl] = replay if GPU and shape != "prefill" else ms
+        rate = case.nbytes / times[impl] * 1e3
+        rows.append(
+            {
+                "case": shape,
+                "what": name,
+                "impl": impl,
+                "ms": ms,
+                "graph ms": replay,
+                "GB/s": rate / 1e9,
+                "share of copy": rate / copy,
+                "bits/elem": spec.bits_per_element(HEAD_DIM),
+                "generated kernels": case.kernels if impl == "compile" else "-",
+            }
+        )
+    fastest = min(times, key=lambda impl: times[impl])
+    return [row | {"fastest": fastest} for row in rows]
+
+
+def main(out: str | None = None, match: str = "", impls: str = ",".join(IMPLS)) -> None:
     """Measure every case, or those whose shape and spec contain `match`."""
     copy, rows = copy_bandwidth(), []
     for shape in SHAPES:
-        for name, spec in SPECS.items():
-            if match not in f"{shape}: {name}":
-                continue
-            for impl in ("eager", "compile"):
-                case = make(shape, spec, impl)
-                ms = median_ms(case.run)
-                rate = case.nbytes / ms * 1e3
-                rows.append(
-                    {
-                        "case": shape,
-                        "what": name,
-                        "impl": impl,
-                        "ms": ms,
-                        "GB/s": rate / 1e9,
-                        "share of copy": rate / copy,
-                        "bits/elem": spec.bits_per_element(HEAD_DIM),
-                        "generated kernels": case.kernels if impl == "compile" else "-",
-                    }
-                )
+        for name in SPECS:
+            if match in f"{shape}: {name}":
+                rows += rows_of(shape, name, impls.split(","), copy)
     report(f"quantize_pack, copy {copy / 1e9:.0f} GB/s", rows, out)
 
 

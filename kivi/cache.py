@@ -177,7 +177,7 @@ class LayerCache:
             return q.new_empty(b, q.shape[1], 0, self.value_head_dim)
         scale = d**-0.5 if scale is None else scale
         step, host = self._step(t, valid)
-        query = step.position.clamp_min(0)
+        query = step.position if valid is None else step.position.clamp_min(0)
         options = (sliding_window, softcap, s_aux)
         view = self._view()
         if t <= store.SLACK:
@@ -341,7 +341,8 @@ class LayerCache:
         fresh = valid is None and self._is_empty()
         store.store(self._view(), self.spec, k, v, step, fresh, self._ops.quantize_pack)
         self._length.copy_(step.length)
-        self._packed.copy_(step.packed)
+        if step.units:
+            self._packed.copy_(step.packed)
         self._host = host
         if host is None and not torch.compiler.is_compiling():
             self._captured = True  # replays of a CUDA graph pass the host by

@@ -108,11 +108,16 @@ def quantize_pack(
     Args:
         pages: the storage.
         spec: None stores `x` as it is.
-        x: `[N, Hkv, U, D]`, U whole groups and whole planes, dividing 512.
-        page: `[N]` int64, the page of each run (page 0 may serve as a bin).
-        first: `[N]` int64, the run's first token in its page, a multiple of U.
-        valid: bool, broadcastable to `[N, Hkv, U]`: tokens that count (default: all).
+        x: `[N, Hkv, U, D]`, or `[B, n, Hkv, U, D]`: N = B * n runs, n in each row. U whole groups
+            and whole planes, dividing 512.
+        page: `[N]` or `[B, n]` int64, the page of each run (page 0 is a bin: an implementation may
+            drop what goes there).
+        first: like page, the run's first token in its page, a multiple of U.
+        valid: bool, broadcastable to x without D: tokens that count (default: all).
     """
+    if x.dim() == 5:
+        valid = valid if valid is None else valid.expand(x.shape[:4]).flatten(0, 1)
+        x, page, first = x.flatten(0, 1), page.flatten(), first.flatten()
     tokens = x.shape[2]
     index = page[:, None]
     row = first[:, None] + torch.arange(tokens, device=x.device)

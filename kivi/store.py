@@ -25,7 +25,8 @@ class Step(NamedTuple):
     """What storing T columns does to the counters; computed before anything changes.
 
     `position [B, T]` of each column in its row, -1 for padding; `length [B]` and `packed [B]`
-    afterwards; `units`: at most so many units leave the window of a row.
+    afterwards; `units`: at most so many units leave the window of a row. They may be views of the
+    counters.
     """
 
     position: Tensor
@@ -42,19 +43,29 @@ def ring_slots(spec: KVSpec) -> int:
 def slots(spec: KVSpec, position: Tensor) -> Tensor:
     """The exact slot of a position; the bin, S + W, for a negative one."""
     sinks, ring = spec.sink_length, ring_slots(spec)
-    slot = torch.where(position < sinks, position, sinks + (position - sinks) % ring)
-    return torch.where(position < 0, sinks + ring, slot)
+    if sinks:
+        slot = torch.where(position < sinks, position, sinks + (position - sinks) % ring)
+    else:
+        slot = position % ring
+    return slot.masked_fill(position < 0, sinks + ring)
 
 
 def plan(view: CacheView, spec: KVSpec, t: int, valid: Tensor | None, units: int) -> Step:
-    """The step that stores t columns, those of `valid [B, t]` only; at most `units` units leave."""
+    """The step that stores t columns, those of `valid [B, t]` only; at most `units` units leave.
+
+    A decode step in eager mode launches every operation here on its own: no more than it needs.
+    """
     if valid is None:
-        position = view.length[:, None] + torch.arange(t, device=view.length.device)
+        position = view.length[:, None]
+        if t > 1:
+            position = position + torch.arange(t, device=view.length.device)
         length = view.length + t
     else:
         position = torch.where(valid, view.length[:, None] + valid.cumsum(1) - 1, -1)
         length = view.length + valid.sum(1)
-    window = length - view.packed - spec.sink_length - spec.residual_length
+    if not units:
+        return Step(position, length, view.packed, 0)
+    window = length - view.packed - (spec.sink_length + spec.residual_length)
     leaving = window.clamp_min(0) // spec.unit * spec.unit
     return Step(position, length, view.packed + leaving, units)
 
@@ -108,7 +119,7 @@ def pack_units(
         quantize_pack: the operator.
     """
     column = (first // PAGE_TOKENS).clamp_max(view.table.shape[1] - 1)
-    page = torch.where(due, view.table.gather(1, column), 0)
+    page, offset = view.table.gather(1, column) * due, first % PAGE_TOKENS
     specs = (spec.key, spec.value)
     for x, pages, one in zip(sources, (view.key, view.value), specs, strict=True):
         unit = x.shape[3]
@@ -116,9 +127,8 @@ def pack_units(
         stride = units_per_tile(one.bits, unit) if one else 1
         for start in range(min(stride, x.shape[2])):
             pick = slice(start, None, stride)
-            run = x[:, :, pick].transpose(1, 2).flatten(0, 1)
-            offset = (first[:, pick] % PAGE_TOKENS).flatten()
-            quantize_pack(pages, one, run, page[:, pick].flatten(), offset)
+            run = x[:, :, pick].transpose(1, 2)
+            quantize_pack(pages, one, run, page[:, pick], offset[:, pick])
 
 
 def store(
@@ -149,19 +159,20 @@ def store(
         body = [x[:, :, sinks : sinks + units * unit] for x in (k, v)]
         done = units * unit // PAGE_TOKENS
         if done:
-            page = view.table[:, :done].flatten()
+            page = view.table[:, :done]
             for x, pages, one in zip(
                 body, (view.key, view.value), (spec.key, spec.value), strict=True
             ):
                 run = x[:, :, : done * PAGE_TOKENS].unflatten(2, (done, PAGE_TOKENS))
-                quantize_pack(pages, one, run.transpose(1, 2).flatten(0, 1), page, page * 0)
+                quantize_pack(pages, one, run.transpose(1, 2), page, page * 0)
         body = [x[:, :, done * PAGE_TOKENS :] for x in body]
         units -= done * PAGE_TOKENS // unit
     elif units:
         body = _leaving(view, spec, k, v, step)
     if units:
-        first = torch.arange(units, device=k.device) * unit + done * PAGE_TOKENS
-        first = view.packed[:, None] + first
+        first = view.packed[:, None]
+        if units > 1 or done:
+            first = first + torch.arange(units, device=k.device) * unit + done * PAGE_TOKENS
         sources = (body[0].unflatten(2, (units, unit)), body[1].unflatten(2, (units, unit)))
         pack_units(view, spec, sources, first, first < step.packed[:, None], quantize_pack)
     if t > SLACK:

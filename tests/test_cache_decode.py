@@ -6,8 +6,9 @@ import pytest
 import torch
 from cache_checks import KIVI, check_decode, every_spec, new, randn, tokens
 from one_thread import one_thread  # noqa: F401
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from kivi import KVSpec, QuantSpec
+from kivi import KVQuantizer, KVSpec, QuantSpec
 from kivi.store import SLACK
 
 
@@ -134,3 +135,32 @@ def test_nothing_that_is_stored_keeps_a_graph():
     layer.crop(300)
     layer.select([1, 0])
     assert not any(x.requires_grad for x in (*layer.dequantize(), *layer.fork().dequantize()))
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operators that are not views: on a GPU each is a launch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.count += not (op.is_view or op._schema.name == "aten::_unsafe_view")
+        return op(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize(("sinks", "launches"), [(0, 8), (4, 12)])
+def test_a_step_launches_little_besides_attention(sinks: int, launches: int) -> None:
+    """No unit leaves the window on most steps: then only new tokens and lengths are written."""
+    layer = KVQuantizer.get("kivi", residual_length=32, sink_length=sinks).new_layer(
+        batch_size=2, num_kv_heads=1, head_dim=32, max_length=600, dtype=torch.float32
+    )
+    layer._ops = layer._ops._replace(decode_attention=lambda q, *_: (q, None))
+    k = torch.randn(2, 1, 200, 32)
+    layer.prefill(k, k)
+    counts = []
+    for _ in range(64):
+        with Launches() as mode:
+            layer.decode(k[:, :, :1], k[:, :, :1], k[:, :, :1])
+        counts.append(mode.count)
+    assert sum(n <= launches for n in counts) == 62  # a unit leaves on two of them

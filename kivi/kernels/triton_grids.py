@@ -10,6 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kivi.kernels.triton_tile_pack import high_half, low_half, pair, unpair
+
 # 1.5 * 2^23: adding it rounds a float32 below 2^22 to an integer, half to even. As int32, the sum
 # has that integer in its low bits, and no other bit set in the low 16.
 ROUND = tl.constexpr(12582912.0)
@@ -40,21 +42,57 @@ def _store_scale(scale, spread, LIMIT: tl.constexpr, EPS: tl.constexpr, LEAST: t
     return tl.where(spread > 0, tl.maximum(_store(scale, LIMIT, EPS, LEAST), LEAST), 0.0)
 
 
+@triton.jit
+def _least_pair(a, b):
+    asm: tl.constexpr = "min.bf16x2 $0, $1, $2;"
+    return tl.inline_asm_elementwise(asm, "=r,r,r", [a, b], tl.int32, True, 1)
+
+
+@triton.jit
+def _largest_pair(a, b):
+    asm: tl.constexpr = "max.bf16x2 $0, $1, $2;"
+    return tl.inline_asm_elementwise(asm, "=r,r,r", [a, b], tl.int32, True, 1)
+
+
+@triton.jit
+def _finite_pairs(x):
+    asm: tl.constexpr = "{ .reg .b32 z; mov.b32 z, 0; fma.rn.bf16x2 $0, $1, z, $1; }"
+    return tl.inline_asm_elementwise(asm, "=r,r", [x], tl.int32, True, 1)
+
+
 # Not tl.min and tl.max: they take float16 to float32 first, and two elements fit into a register.
 @triton.jit
 def _min(x, CHANNEL: tl.constexpr):
-    if not CHANNEL:
-        x = tl.reduce(x, 3, tl.standard._elementwise_min, keep_dims=True)
     axis: tl.constexpr = 1 if CHANNEL else 2
-    return tl.reduce(x, axis, tl.standard._elementwise_min, keep_dims=True).to(tl.float32)
+    if x.dtype == tl.int32:  # pairs
+        if CHANNEL:
+            x = unpair(tl.reduce(x, axis, _least_pair, keep_dims=True))
+        else:
+            x = tl.reduce(x, 3, _least_pair, keep_dims=True)
+            x = tl.reduce(x, axis, _least_pair, keep_dims=True)
+            x = tl.minimum(low_half(x), high_half(x))
+    else:
+        if not CHANNEL:
+            x = tl.reduce(x, 3, tl.standard._elementwise_min, keep_dims=True)
+        x = tl.reduce(x, axis, tl.standard._elementwise_min, keep_dims=True)
+    return x.to(tl.float32)
 
 
 @triton.jit
 def _max(x, CHANNEL: tl.constexpr):
-    if not CHANNEL:
-        x = tl.reduce(x, 3, tl.standard._elementwise_max, keep_dims=True)
     axis: tl.constexpr = 1 if CHANNEL else 2
-    return tl.reduce(x, axis, tl.standard._elementwise_max, keep_dims=True).to(tl.float32)
+    if x.dtype == tl.int32:  # pairs
+        if CHANNEL:
+            x = unpair(tl.reduce(x, axis, _largest_pair, keep_dims=True))
+        else:
+            x = tl.reduce(x, 3, _largest_pair, keep_dims=True)
+            x = tl.reduce(x, axis, _largest_pair, keep_dims=True)
+            x = tl.maximum(low_half(x), high_half(x))
+    else:
+        if not CHANNEL:
+            x = tl.reduce(x, 3, tl.standard._elementwise_max, keep_dims=True)
+        x = tl.reduce(x, axis, tl.standard._elementwise_max, keep_dims=True)
+    return x.to(tl.float32)
 
 
 @triton.jit
@@ -76,15 +114,20 @@ def fit(
     EPS: tl.constexpr,
     LEAST: tl.constexpr,
     UNIT: tl.constexpr,
+    PAIRS: tl.constexpr,
 ):
     """`grids.fit`: scale and zero, float32. What takes no part in a group is NaN in `raw`."""
     TOP: tl.constexpr = 2**BITS - 1
     x = raw.to(tl.float32)
-    # Infinities become NaN. float16 stays float16 here.
-    finite = raw * 0.0 + raw if raw.dtype == tl.float16 else tl.fma(x, 0.0, x)
+    # Infinities become NaN. float16 stays float16 here, bfloat16 in pairs.
+    if PAIRS:
+        finite = _finite_pairs(pair(raw))
+    else:
+        finite = raw * 0.0 + raw if raw.dtype == tl.float16 else tl.fma(x, 0.0, x)
     if GRID == "symmetric":
         STEPS: tl.constexpr = 0.5 if BITS == 1 else 2.0 ** (BITS - 1) - 1
-        spread = tl.maximum(_max(tl.abs(finite), CHANNEL), 0.0)
+        size = finite & 0x7FFF7FFF if PAIRS else tl.abs(finite)
+        spread = tl.maximum(_max(size, CHANNEL), 0.0)
         scale = _store_scale(spread * (1.0 / STEPS), spread, LIMIT, EPS, LEAST)
         zero = _multiply(scale, -OFFSET)
     else:
@@ -94,10 +137,10 @@ def fit(
         spread = tl.where(low <= high, high, 0.0) - zero
         scale = _store_scale(spread * (1.0 / TOP), spread, LIMIT, EPS, LEAST)
     if GRID == "least_squares":
-        steps = _steps(x, scale, zero)
+        steps = _multiply(x - zero, _inverse(scale))
         codes = _round(steps, BITS) - ROUND
         rest = tl.minimum(tl.maximum(steps - codes, -1.0), 1.0) * UNIT + ROUND - ROUND
-        counts = finite == finite
+        counts = tl.fma(x, 0.0, x) == x
         codes, rest = tl.where(counts, codes - OFFSET, 0.0), tl.where(counts, rest, 0.0)
         count = tl.maximum(_sum(tl.where(counts, 1.0, 0.0), CHANNEL), 1.0)
         code_sum, rest_sum = _sum(codes, CHANNEL), _sum(rest, CHANNEL)
@@ -116,9 +159,10 @@ def fit(
 
 
 @triton.jit
-def _steps(x, scale, zero):
+def _inverse(scale):
+    """`grids._inverse`."""
     inverse = tl.math.div_rn(1.0, tl.where(scale > 0, scale, 1.0)) * (1 - 2.0**-21)
-    return _multiply(x - zero, tl.where(scale > 0, inverse, 0.0))
+    return tl.where(scale > 0, inverse, 0.0)
 
 
 @triton.jit
@@ -127,6 +171,15 @@ def _round(steps, BITS: tl.constexpr):
 
 
 @triton.jit
-def encode(x, scale, zero, BITS: tl.constexpr):
-    """`grids.encode` of float32, plus ROUND; NaN becomes code 0."""
-    return _round(_steps(x, scale, zero), BITS)
+def encode(x, scale, zero, BITS: tl.constexpr, EPS: tl.constexpr):
+    """`grids.encode` of float32, as int32 with no other bit among the low 16; NaN becomes 0."""
+    steps, inverse = x - zero, _inverse(scale)
+    if EPS == 2.0**-7:  # the inverses of bfloat16's largest scales are subnormal: no part of them
+        steps = _round(_multiply(steps, inverse), BITS)
+    else:
+        # In parts of 2^BITS, because a clamp to [0, 1] is a modifier of the multiplication.
+        PART: tl.constexpr = 2.0**-BITS
+        steps = tl.minimum(tl.maximum(_multiply(steps, inverse * PART), 0.0), 1.0)
+        # The other bound after rounding: two bounds in a row would become one.
+        steps = tl.minimum(steps + ROUND * PART, (ROUND + (2**BITS - 1)) * PART)
+    return steps.to(tl.int32, bitcast=True)

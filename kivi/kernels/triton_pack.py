@@ -18,17 +18,20 @@ PAGE = tl.constexpr(PAGE_TOKENS)
 ROWS = tl.constexpr(TILE_ROWS)
 
 
-@triton.jit
+# n changes with a prompt: a kernel would be compiled again for 1, and for multiples of 16.
+@triton.jit(do_not_specialize=["n"])
 def quantize_tiles(
     words,  # [pages, heads, BITS, 32, D] int16
     scale,  # channel: [pages, heads, 512 / G, D]; token: [pages, heads, 512, D / G]
     zero,  # like scale, or None
-    x,  # [runs, heads, U, D]
-    page,  # [runs] int64
+    x,  # [runs / n, n, heads, U, D]
+    page,  # [runs] int64; nothing is done for page 0
     first,  # [runs] int64
     valid,  # [runs, heads, U] bool, or None
     heads,
-    x_run,  # strides
+    n,  # runs in a row
+    x_row,  # strides
+    x_run,
     x_head,
     valid_run,
     valid_head,
@@ -53,6 +56,7 @@ def quantize_tiles(
     SPLIT: tl.constexpr,  # pieces of a group of channels in each of which a thread has elements
     VECTOR: tl.constexpr,  # neighbouring channels of a thread
     STAGES: tl.constexpr,  # chunks on their way
+    PAIRS: tl.constexpr,  # bfloat16 two by two, with the instructions of sm_80
 ):
     """Quantize tokens and put their codes, scales and zeros into their page."""
     # The low part of a code, for 3 bits not all of it: its width, and the planes of a tile.
@@ -68,9 +72,13 @@ def quantize_tiles(
     span = number // BLOCKS % (U // SPAN)
     head = number // (BLOCKS * (U // SPAN)) % heads
     run = (number // (BLOCKS * (U // SPAN)) // heads).to(tl.int64)
+    which = tl.load(page + run)
+    if which == 0:  # the bin
+        return
     token = tl.load(first + run) + span * SPAN  # in its page
-    place = tl.load(page + run) * heads + head
-    x += run * x_run + head.to(tl.int64) * x_head + span.to(tl.int64) * (SPAN * X_TOKEN)
+    place = which * heads + head
+    x += run // n * x_row + run % n * x_run
+    x += head.to(tl.int64) * x_head + span.to(tl.int64) * (SPAN * X_TOKEN)
 
     # Elements of a chunk: [groups, tokens of a group, channels], or [groups, tokens, pieces of a
     # group, channels of a piece]. `i // VECTOR * VECTOR + i % VECTOR` is i, and tells the compiler
@@ -118,12 +126,12 @@ def quantize_tiles(
         # A NaN takes no part in its group, and its code is 0.
         raw = tl.load(source, mask=mask, other=None if mask is None else float("nan"))
         source += CHUNK * X_TOKEN
-        s, z = fit(raw, BITS, GRID, OFFSET, CHANNEL, LIMIT, EPS, LEAST, UNIT)
+        s, z = fit(raw, BITS, GRID, OFFSET, CHANNEL, LIMIT, EPS, LEAST, UNIT, PAIRS)
         tl.store(scale + meta, s.to(scale.dtype.element_ty), mask=known)
         if zero is not None:
             tl.store(zero + meta, z.to(zero.dtype.element_ty), mask=known)
         meta += CHUNK // (G if CHANNEL else 1) * META
-        codes = encode(raw.to(tl.float32), s, z, BITS).to(tl.int32, bitcast=True)
+        codes = encode(raw.to(tl.float32), s, z, BITS, EPS)
         if CHANNEL:
             codes = tl.reshape(codes, [TILES, SHARE, ROWS, BLOCK])
             offset = tl.arange(0, SHARE)[None, :, None, None]
@@ -148,14 +156,16 @@ def quantize_tiles(
         insert_thirds(halves + word * 2 + tile, packed, inside, plane, PUT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def copy_tokens(
     words,  # [pages, heads, 512, D], like x
-    x,  # [runs, heads, U, D]
-    page,  # [runs] int64
+    x,  # [runs / n, n, heads, U, D]
+    page,  # [runs] int64; nothing is done for page 0
     first,  # [runs] int64
     heads,
-    x_run,  # strides
+    n,  # runs in a row
+    x_row,  # strides
+    x_run,
     x_head,
     X_TOKEN: tl.constexpr,
     U: tl.constexpr,
@@ -167,8 +177,12 @@ def copy_tokens(
     start = number % (U // ROWS) * ROWS
     head = number // (U // ROWS) % heads
     run = (number // (U // ROWS) // heads).to(tl.int64)
-    place = (tl.load(page + run) * heads + head) * PAGE + tl.load(first + run) + start
-    source = x + run * x_run + head.to(tl.int64) * x_head + start.to(tl.int64) * X_TOKEN
+    which = tl.load(page + run)
+    if which == 0:  # the bin
+        return
+    place = (which * heads + head) * PAGE + tl.load(first + run) + start
+    x += run // n * x_row + run % n * x_run
+    source = x + head.to(tl.int64) * x_head + start.to(tl.int64) * X_TOKEN
     row, channel = tl.arange(0, ROWS)[:, None], tl.arange(0, PADDED)[None, :]
     mask = None if PADDED == D else channel < D
     tokens = tl.load(source + row * X_TOKEN + channel, mask=mask)

@@ -20,8 +20,23 @@ from kivi.spec import TILE_ROWS, WORD_BITS, QuantSpec
 
 
 @cache
+def _has_pairs(device: torch.device) -> bool:
+    """Whether a GPU computes with two bfloat16 at once, and takes NVIDIA's assembly."""
+    if device.type != "cuda" or torch.version.hip:
+        return False
+    return bool(torch.cuda.get_device_properties(device).major >= 8)
+
+
+@cache
 def _constants(
-    bits: int, axis: str, group_size: int | None, grid: str, unit: int, d: int, dtype: torch.dtype
+    bits: int,
+    axis: str,
+    group_size: int | None,
+    grid: str,
+    unit: int,
+    d: int,
+    dtype: torch.dtype,
+    pairs: bool,
 ) -> dict[str, Any]:
     """What the kernel is compiled for, and how it shares elements out to programs and threads."""
     spec = QuantSpec(bits, axis, group_size, grid)  # type: ignore[arg-type]
@@ -62,7 +77,10 @@ def _constants(
         "PADDED": padded,
         "SPLIT": split,
         "VECTOR": vector,
-        "STAGES": 2,
+        # Elements of 16-byte asynchronous copies come out of shared memory one by one.
+        "STAGES": 2 if channel else 1,
+        # Not where threads share a channel: they would exchange all pairs.
+        "PAIRS": pairs and dtype == torch.bfloat16 and (not channel or block == 64),
         "num_warps": warps,
     }
 
@@ -81,23 +99,26 @@ def _op(
     grid: str,
 ) -> None:
     assert all(t is None or t.is_contiguous() for t in (words, scale, zero))
-    runs, heads, unit, d = x.shape
-    if x.stride(3) != 1:
+    if x.stride(-1) != 1:
         x = x.contiguous()
     page, first = page.contiguous(), first.contiguous()
-    strides = x.stride()[:3]
+    # Rows of runs, whose tokens need not lie side by side: a prompt is read where it is.
+    rows = x if x.dim() == 5 else x.unsqueeze(0)
+    (_, n, heads, unit, d), strides = rows.shape, rows.stride()[:4]
+    runs = page.numel()
     with torch.cuda.device_of(x):
         if not bits:
             padded = triton.next_power_of_2(d)
             programs = runs * heads * (unit // TILE_ROWS)
-            copy_tokens[(programs,)](words, x, page, first, heads, *strides, unit, d, padded)
+            copy_tokens[(programs,)](words, x, page, first, heads, n, *strides, unit, d, padded)
             return
-        constants = _constants(bits, axis, group_size, grid, unit, d, x.dtype)
+        pairs = _has_pairs(x.device)
+        constants = _constants(bits, axis, group_size, grid, unit, d, x.dtype, pairs)
         programs = runs * heads * (unit // constants["SPAN"]) * constants["BLOCKS"]
         of_valid = (0, 0, 0) if valid is None else valid.stride()
         tensors = (words, scale, zero, x, page, first, valid)
         quantize_tiles[(programs,)](
-            *tensors, heads, *strides[:2], *of_valid, strides[2], **constants
+            *tensors, heads, n, *strides[:3], *of_valid, strides[3], **constants
         )
 
 
@@ -119,8 +140,13 @@ def quantize_pack(
     first: Tensor,
     valid: Tensor | None = None,
 ) -> None:
-    """`quantize.quantize_pack`, as the operator `kivi::quantize_pack`; pages are contiguous."""
+    """`quantize.quantize_pack`, as the operator `kivi::quantize_pack`.
+
+    Pages are contiguous. Nothing is read or written for page 0, so that a step on which no unit
+    leaves the window costs next to nothing.
+    """
     if valid is not None:
-        valid = valid.expand(x.shape[:3])
+        valid = valid.expand(x.shape[:-1])
+        valid = valid.flatten(0, 1) if x.dim() == 5 else valid
     of_spec = (spec.bits, spec.axis, spec.group_size, spec.grid) if spec else (0, "", None, "")
     torch.ops.kivi.quantize_pack.default(*pages, x, page, first, valid, *of_spec)

@@ -1,0 +1,154 @@
+"""The operators' host code where there is no GPU: what it would launch is compiled, or counted.
+
+`python tests/kernels_without_gpu.py compile TARGET [KERNEL ...]` compiles for "sm_80", "sm_90" or
+"gfx942" what a few calls launch, and prints the shared memory of each kernel as JSON; `variants`
+makes many calls, compiles nothing, and prints how many times it would have, and for how many
+different constants. Must run in a process of its own, without TRITON_INTERPRET.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+from kivi import KVSpec, LayerCache, QuantSpec
+from kivi.kernels import triton_decode, triton_fast, triton_quantize
+from kivi.quantize import empty_pages
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+Q = QuantSpec
+KIVI = KVSpec(Q(2, "channel", 32), Q(2, "token", 32), 32, 4)
+
+
+class Driver:
+    """Says what GPU there is, and is asked for nothing else."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+
+def become(target: GPUTarget) -> None:
+    """Let the host code take this machine for one with such a GPU of 132 multiprocessors."""
+    driver.set_active(Driver(target))
+    nvidia = target.backend == "cuda"
+    triton_decode.DENORMAL = triton_decode.FAST = nvidia
+    triton_decode._multiprocessors = lambda device: 132
+    triton_fast._multiprocessors = lambda device: 132 * nvidia
+    triton_quantize._has_pairs = lambda device: nvidia
+    torch.cuda.device = lambda device: nullcontext()  # type: ignore[misc, assignment]
+    triton_decode._library.impl("decode_attention", triton_decode._decode_attention, "CPU")
+
+
+def decode(
+    spec: KVSpec,
+    batch: int = 2,
+    ratio: int = 4,
+    t: int = 1,
+    d: int = 128,
+    dtype: torch.dtype = torch.float16,
+    max_length: int = 2000,
+    **options: object,
+) -> None:
+    layer = LayerCache(spec, batch, 2, d, dtype=dtype, max_length=max_length, impl="eager")
+    q = torch.empty(batch, 2 * ratio, t, d, dtype=dtype)
+    position = torch.zeros(batch, t, dtype=torch.int64)
+    triton_decode.decode_attention(q, layer._view(), spec, position, 0.1, **options)
+
+
+def pack(
+    spec: QuantSpec | None,
+    rows: int,
+    n: int,
+    unit: int,
+    dtype: torch.dtype = torch.bfloat16,
+    masked: bool = False,
+) -> None:
+    """n runs of a unit in each row, as a prompt or a decode step passes them."""
+    x = torch.empty(rows, 2, n * unit, 128, dtype=dtype).unflatten(2, (n, unit)).transpose(1, 2)
+    page = torch.zeros(rows, n, dtype=torch.int64)
+    valid = torch.ones(unit, dtype=torch.bool) if masked else None
+    pages = empty_pages(spec, 2, 2, 128, dtype)
+    triton_quantize.quantize_pack(pages, spec, x, page, page, valid)
+
+
+def few_calls() -> None:
+    """Every kernel, and of each branch that a spec chooses some."""
+    decode(KIVI, d=64)
+    decode(KIVI, 1, 1, d=64, max_length=60)
+    decode(KIVI, 1, 4, 2, 32, sliding_window=40, softcap=2.0)
+    other = KVSpec(Q(8, "token", 16, "symmetric"), Q(4, "channel", 64), 0)
+    decode(other, d=48, dtype=torch.bfloat16, s_aux=torch.zeros(8))
+    decode(KVSpec(None, Q(8, "token", None)), 1, 1, max_length=60, d=32, dtype=torch.float32)
+    pack(Q(2, "channel", 32), 2, 2, 512)
+    pack(Q(3, "token", 16, "least_squares"), 2, 1, 32, torch.float16, masked=True)
+    pack(Q(8, "channel", 128, "symmetric"), 2, 1, 128, torch.float32)
+    pack(None, 1, 2, 512)
+
+
+def many_calls() -> None:
+    """Lengths, batches and numbers of pages, 1 and multiples of 16 among them."""
+    for batch in (1, 2, 3, 16, 32):
+        for length in (1, 15, 16, 17, 600, 4096, 8192, 100_000):
+            decode(KIVI, batch, max_length=length)
+            decode(KIVI, batch, max_length=length, sliding_window=100)
+        for t in (1, 2, 3):
+            decode(KIVI, batch, 1, t)
+            decode(KIVI, batch, 1, t, sliding_window=100)
+        for n in (1, 2, 3, 15, 16, 32):
+            pack(Q(2, "channel", 32), batch, n, 512)
+            pack(Q(2, "token", 32), batch, n, 512)
+            pack(None, batch, n, 512)
+        pack(Q(2, "channel", 32), batch, 1, 32)
+        pack(Q(2, "token", 32), batch, 1, 32)
+
+
+def recorded(calls: Callable[[], None]) -> dict[str, dict[str, tuple]]:
+    """By kernel and key: what would be compiled; nothing is, and nothing is launched."""
+    seen: dict[str, dict[str, tuple]] = {}
+
+    def hook(*, key, fn, compile, **_):
+        seen.setdefault(fn.name, {})[str(key)] = (fn.jit_function, compile)
+        return True
+
+    triton.knobs.runtime.jit_cache_hook = hook
+    calls()
+    triton.knobs.runtime.jit_cache_hook = None
+    return seen
+
+
+def main(mode: str, target: str = "sm_90", *only: str) -> None:
+    become(TARGETS[target])
+    result: dict[str, object] = {}
+    if mode == "compile":
+        for name, kinds in recorded(few_calls).items():
+            if only and name not in only:
+                continue
+            built = [f.preload(kind["specialization_data"]) for f, kind in kinds.values()]
+            result[name] = max(kernel.metadata.shared for kernel in built)
+    else:
+        for name, kinds in recorded(many_calls).items():
+            constants = {str((kind["constants"], kind["num_warps"])) for _, kind in kinds.values()}
+            result[name] = (len(kinds), len(constants))
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
