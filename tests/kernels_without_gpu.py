@@ -51,7 +51,8 @@ def become(target: GPUTarget) -> None:
     nvidia = target.backend == "cuda"
     triton_decode.DENORMAL = triton_decode.FAST = nvidia
     triton_decode._multiprocessors = lambda device: 132
-    triton_fast._multiprocessors = lambda device: 132 * nvidia
+    generation = target.arch // 10 if nvidia else 0
+    triton_fast._gpu = lambda device: (132 * nvidia, 163 * 1024, generation)
     triton_quantize._has_pairs = lambda device: nvidia
     torch.cuda.device = lambda device: nullcontext()  # type: ignore[misc, assignment]
     triton_decode._library.impl("decode_attention", triton_decode._decode_attention, "CPU")

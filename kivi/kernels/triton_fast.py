@@ -176,10 +176,10 @@ def decode(
         (scale, softcap, b, hkv, blocks, rows, t, table.shape[1], slots, sinks, *static, early),
     )
     if not single:
-        # All parts of a query at once: one round of loads.
-        most = min(256, 2 ** (-(-programs // units) + 1).bit_length())
-        channels = min(d, max(16, 2048 // most))
-        constants = (d, 32 * planes, several, most, channels, early)
+        # All parts of a query at once, in one round of loads: few of them, or many.
+        most = 32 if programs <= 30 * units else 256
+        channels = 64 if most == 32 else 16
+        constants = (d, 32 * planes, max(32, several), most, channels, early)
         _combine(
             (kind, constants),
             (units, min(8, rows), d // channels),
