@@ -64,8 +64,8 @@ def decode_kernel(
     part, part_ml, out, lse, s_aux,
     scale, softcap, B, Hkv, blocks, rows, T, pages, slots, sinks,
     D: gl.constexpr, KB: gl.constexpr, VB: gl.constexpr, KG: gl.constexpr, VG: gl.constexpr,
-    K_ZERO: gl.constexpr, V_ZERO: gl.constexpr, BLOCK: gl.constexpr, NP: gl.constexpr, ROWS: gl.constexpr,
-    SINGLE: gl.constexpr, EARLY: gl.constexpr,
+    K_ZERO: gl.constexpr, V_ZERO: gl.constexpr, BLOCK: gl.constexpr, NP: gl.constexpr,
+    ROWS: gl.constexpr, SINGLE: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     """See the module. `rows` = query heads of a kv head times T; a program takes 8 of them.
 
