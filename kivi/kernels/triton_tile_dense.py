@@ -5,6 +5,8 @@ The result is rounded once, to the dtype of the queries, as in `quantize.dequant
 
 from __future__ import annotations
 
+import math
+
 import triton
 import triton.language as tl
 
@@ -19,34 +21,50 @@ def in_pairs(bits, dtype, fast):
 
 
 @triton.constexpr_function
-def value_asm(bits, position, dtype):
-    """PTX for `code * scale + zero` of two words whose codes are at a bit position.
+def below_mantissa(bits, dtype):
+    """Planes of a word whose codes `value_asm` finds."""
+    return max(1, (10 if dtype == tl.float16 else 7) // bits)
 
-    A code among the mantissa's bits, under the exponent with which bit 0 is worth 1, is the number
-    `one + code * 2^position`, from which it comes exactly. 8 bits are one too many for bfloat16: a
-    subnormal there, two factors away from the code.
+
+@triton.constexpr_function
+def value_asm(bits, position, dtype, offset):
+    """PTX for the values of two words' codes at a bit position, from scales and zeros.
+
+    Or, where offset is not 0, `(code - offset) * scale`. A code among the mantissa's bits, under
+    the exponent with which bit 0 is worth 1, is the number `one + code * 2^position`, from which it
+    comes exactly. 8 bits are one too many for bfloat16: a subnormal there, two factors away.
     """
     half = dtype == tl.float16
     kind, mantissa = ("f16x2", 10) if half else ("bf16x2", 7)
     mask = ((1 << bits) - 1 << position) * 65537
 
-    def both(exponent, sign=0):
+    def both(number):
+        """A power of 2, or minus one, twice."""
+        exponent = math.frexp(number)[1] - 1
         field = exponent + 15 << 10 if half else exponent + 127 << 7
-        return f"{(field + (sign << 15)) * 65537:#x}"
+        return f"{(field + (32768 if number < 0 else 0)) * 65537:#x}"
 
     if bits > mantissa:
         code = (
-            f"and.b32 t, $1, {mask:#x}; mov.b32 u, 0x80008000; mov.b32 v, {both(127)};"
-            f"fma.rn.{kind} t, t, v, u; mov.b32 v, {both(6)}; fma.rn.{kind} t, t, v, u;"
+            f"and.b32 t, $1, {mask:#x}; mov.b32 v, 0x80008000; mov.b32 u, {both(2.0**127)};"
+            f"fma.rn.{kind} t, t, u, v; mov.b32 u, {both(2.0**6)}; fma.rn.{kind} t, t, u, v;"
         )
     else:
+        one = 2.0**mantissa
         code = (
-            f"lop3.b32 t, $1, {mask:#x}, {both(mantissa)}, 0xEA; mov.b32 u, {both(-position)};"
-            f"mov.b32 v, {both(mantissa - position, 1)}; fma.rn.{kind} t, t, u, v;"
+            f"lop3.b32 t, $1, {mask:#x}, {both(one)}, 0xEA; mov.b32 u, {both(2.0**-position)};"
+            f"mov.b32 v, {both(-one * 2.0**-position)}; fma.rn.{kind} t, t, u, v;"
         )
-    # Half a step above the largest number a sum can leave float16's range.
+    zero = "$3"
+    if offset != 0:
+        code += f"mov.b32 u, {both(1.0)}; mov.b32 v, {both(-offset)}; fma.rn.{kind} t, t, u, v;"
+        code += "mov.b32 v, 0x80008000;"
+        zero = "v"
+    # Half a step above the largest number a sum can leave float16's range, as can unused codes.
     limit = "mov.b32 u, 0x7bff7bff; min.f16x2 t, t, u;" if half else ""
-    return f"{{ .reg .b32 t, u, v; {code} fma.rn.{kind} t, t, $2, $3; {limit} mov.b32 $0, t; }}"
+    if half and offset != 0:
+        limit += "mov.b32 u, 0xfbfffbff; max.f16x2 t, t, u;"
+    return f"{{ .reg .b32 t, u, v; {code} fma.rn.{kind} t, t, $2, {zero}; {limit} mov.b32 $0, t; }}"
 
 
 @triton.jit
@@ -125,15 +143,15 @@ def dense_tile(
             s = _beside(scale, plane, last, CHANNEL, G, D, PLANES)
         else:
             s = _beside_any(scale, token, G, D)
-        if zero is None:
-            z = (s.to(tl.float32) * -OFFSET).to(s.dtype)
-        elif _even(CHANNEL, G, D):
-            z = _beside(zero, plane, last, CHANNEL, G, D, PLANES)
-        else:
-            z = _beside_any(zero, token, G, D)
+        z = s  # not used where there are none
+        if zero is not None:
+            if _even(CHANNEL, G, D):
+                z = _beside(zero, plane, last, CHANNEL, G, D, PLANES)
+            else:
+                z = _beside_any(zero, token, G, D)
         if in_pairs(BITS, DTYPE, FAST):
             x = tl.inline_asm_elementwise(
-                value_asm(BITS, 0, DTYPE),
+                value_asm(BITS, 0, DTYPE, OFFSET if zero is None else 0.0),
                 "=r,r,r,r",
                 [_codes(words, token, D, BITS, FAST), s, z],
                 dtype=s.dtype,
