@@ -11,8 +11,16 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from kivi.kernels.triton_gluon_steps import LOG2_E, NOTHING, exact
-from kivi.kernels.triton_tile_hopper import put_exact, put_new, put_packed
+from kivi.kernels.triton_gluon_steps import LOG2_E, NOTHING
+from kivi.kernels.triton_tile_gluon import FLAT
+from kivi.kernels.triton_tile_hopper import (
+    put_bounds_of_exact,
+    put_bounds_of_new,
+    put_bounds_of_packed,
+    put_exact,
+    put_new,
+    put_packed,
+)
 
 LN_2 = gl.constexpr(0.6931471805599453)
 UNSPECIALIZED = (
@@ -40,6 +48,7 @@ def signal(barrier):
 @gluon.jit
 def produce(
     buffers,  # [2, 128, D]
+    bounds,  # [2, 128]: with the keys, the first position that sees a token
     ready,
     free,
     share,
@@ -50,11 +59,17 @@ def produce(
     G: gl.constexpr,
     channel: gl.constexpr,
     offset: gl.constexpr,
+    VALID: gl.constexpr,
 ):
     """Bring the tiles of keys, or those of values, one after the other."""
     low, high, many, own, packed, length = share
     b, h, heads, tokens, slots, sinks = where
-    words, scale, zero, table, columns, exact_tokens, new, stride = source
+    words, scale, zero, table, columns, exact_tokens, new, stride, query_position, valid = source
+    query_position += b.to(gl.int64) * tokens
+    if VALID:
+        valid += b.to(gl.int64) * tokens
+    else:
+        valid = None
     table += b.to(gl.int64) * columns
     row = b * heads + h
     n = gl.load(packed + b).to(gl.int32)
@@ -69,24 +84,30 @@ def produce(
         if i < many:
             base = page * heads + h
             page = gl.load(table + (i + 1) // 4, mask=i + 1 < many, other=0)
-            last = gl.minimum(n // 32 - 1 - i // 4 * 16, 15)
             put_packed(
                 buffer,
                 words + base * (bits * 32 * D),
                 scale + base * meta,
                 zero + base * meta,
                 i % 4,
-                last,
+                gl.minimum(n // 32 - 1 - i // 4 * 16, 15),
                 D,
                 bits,
                 G,
                 channel,
                 offset,
             )
+            if channel:
+                put_bounds_of_packed(bounds.index(k % 2), i, n)
         elif i < many + own:
             put_exact(buffer, exact_tokens, i - many, held, n, slots, sinks, D)
+            if channel:
+                put_bounds_of_exact(bounds.index(k % 2), i - many, held, n, slots, sinks)
         else:
-            put_new(buffer, new, stride, i - many - own, tokens, D)
+            j = i - many - own
+            put_new(buffer, new, stride, valid, j, tokens, D)
+            if channel:
+                put_bounds_of_new(bounds.index(k % 2), query_position, valid, j, tokens)
         signal(ready.index(k % 2))
 
 
@@ -95,6 +116,7 @@ def consume(
     q,  # [64, D]
     keys,  # [2, 128, D]
     values,
+    bounds,
     barriers,
     share,
     where,
@@ -106,6 +128,7 @@ def consume(
     D: gl.constexpr,
     CAP: gl.constexpr,
     AUX: gl.constexpr,
+    VALID: gl.constexpr,
     FINAL: gl.constexpr,
 ):
     """Attention of 64 query rows over the tiles."""
@@ -118,14 +141,12 @@ def consume(
     SUMS: gl.constexpr = mma(D)
     PROBABILITIES: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
     n = gl.load(packed + b).to(gl.int32)
-    held = gl.load(length + b).to(gl.int32)
     query_position += b.to(gl.int64) * tokens
     r = row + gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
     token = r // ratio
     position = gl.load(query_position + token, mask=token < tokens, other=0).to(gl.int32)
     # New tiles before this one are seen by all rows.
     plain = row // ratio + 1
-    t = gl.arange(0, 128, layout=gl.SliceLayout(0, SCORES))
     unit = factor
     if CAP:
         unit = 1.0
@@ -141,21 +162,16 @@ def consume(
             q, keys.index(k % 2).permute((1, 0)), none, use_acc=False, is_async=True
         )
         s, sums = hopper.warpgroup_mma_wait(0, deps=(s, acc))
-        gl.thread_barrier()
-        mbarrier.arrive(keys_free.index(k % 2), count=1)
-        mbarrier.arrive(values_free.index((k + 1) % 2), count=1, pred=k > 0)
         if CAP:
             s = cap - 2 * cap / (gl.exp2(s * factor) + 1)
         j = i - many - own  # tile of new tokens
-        if ((i + 1) * 128 > n) & ((j < 0) | ((j + 1) * 128 > plain)):
-            _position, seen = exact((i - many) * 128 + t, held, n, slots, sinks)
-            seen = gl.where(i < many, i * 128 + t < n, seen)
-            new = j * 128 + t
-            inside = (j >= 0) & (new < tokens)
-            there = gl.load(query_position + new, mask=inside, other=0).to(gl.int32)
-            first = gl.where(seen, 0, 2147483647)
-            first = gl.where(j < 0, first, gl.where(inside, there, 2147483647))
-            s = gl.where(first[None, :] <= position[:, None], s, NOTHING)
+        hidden = (j >= 0) & (VALID or (j + 1) * 128 > plain)
+        if ((i + 1) * 128 > n) & (j < 0) | hidden:
+            bound = bounds.index(k % 2).load(gl.SliceLayout(0, SCORES))
+            s = gl.where(bound[None, :] <= position[:, None], s, NOTHING)
+        gl.thread_barrier()
+        mbarrier.arrive(keys_free.index(k % 2), count=1)
+        mbarrier.arrive(values_free.index((k + 1) % 2), count=1, pred=k > 0)
         new_m = gl.maximum(m, gl.max(s, 1))
         # Nothing seen yet: probabilities of what is hidden must be 0, not 1.
         base = gl.where(new_m > NOTHING, new_m, 0.0) * unit
@@ -218,6 +234,7 @@ def extend_hopper(
     exact_value,
     length,  # [B]
     query_position,  # [B, T]
+    valid,  # [B, T] uint8 where VALID
     s_aux,  # [Hq] where AUX
     out,  # [rows, D] where FINAL, else [rows, splits, D] float32
     lse,  # [rows], natural, where FINAL, else [rows, splits], base 2
@@ -249,6 +266,7 @@ def extend_hopper(
     V_OFFSET: gl.constexpr,
     CAP: gl.constexpr,
     AUX: gl.constexpr,
+    VALID: gl.constexpr,
     FINAL: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
@@ -280,6 +298,7 @@ def extend_hopper(
         queries.index(half).store(x)
     keys = gl.allocate_shared_memory(DTYPE, [2, 128, D], SHARED)
     values = gl.allocate_shared_memory(DTYPE, [2, 128, D], SHARED)
+    bounds = gl.allocate_shared_memory(gl.int32, [2, 128], FLAT)
     keys_ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     keys_free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     values_ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
@@ -301,19 +320,21 @@ def extend_hopper(
     rows = (query_position, ratio, splits, split)
     results = (s_aux, out, lse)
     row = block * 128
-    k_source = (key_words, key_scale, key_zero, table, columns, exact_key, new_k, k_token)
-    v_source = (value_words, value_scale, value_zero, table, columns, exact_value, new_v, v_token)
     # fmt: off
+    k_source = (key_words, key_scale, key_zero, table, columns, exact_key, new_k, k_token,
+                query_position, valid)
+    v_source = (value_words, value_scale, value_zero, table, columns, exact_value, new_v, v_token,
+                query_position, valid)
     gl.warp_specialize(
         [
-            (consume, (queries.index(0), keys, values, barriers, share_of, where, rows, results,
-                       row, factor, cap, D, CAP, AUX, FINAL)),
-            (consume, (queries.index(1), keys, values, barriers, share_of, where, rows, results,
-                       row + 64, factor, cap, D, CAP, AUX, FINAL)),
-            (produce, (keys, keys_ready, keys_free, share_of, where, k_source,
-                       D, KB, KG, True, K_OFFSET)),
-            (produce, (values, values_ready, values_free, share_of, where, v_source,
-                       D, VB, VG, False, V_OFFSET)),
+            (consume, (queries.index(0), keys, values, bounds, barriers, share_of, where, rows, results,
+                       row, factor, cap, D, CAP, AUX, VALID, FINAL)),
+            (consume, (queries.index(1), keys, values, bounds, barriers, share_of, where, rows, results,
+                       row + 64, factor, cap, D, CAP, AUX, VALID, FINAL)),
+            (produce, (keys, bounds, keys_ready, keys_free, share_of, where, k_source,
+                       D, KB, KG, True, K_OFFSET, VALID)),
+            (produce, (values, bounds, values_ready, values_free, share_of, where, v_source,
+                       D, VB, VG, False, V_OFFSET, VALID)),
         ],
         [4, 4, 4],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS],

@@ -102,11 +102,45 @@ def put_exact(target, source, tile, tokens, packed, slots, sinks, D: gl.constexp
 
 
 @gluon.jit
-def put_new(target, source, stride, tile, tokens, D: gl.constexpr):
-    """128 new tokens of a row and head, 0 past the last."""
+def put_new(target, source, stride, valid, tile, tokens, D: gl.constexpr):
+    """128 new tokens of a row and head, 0 past the last and where they are not valid."""
     layout: gl.constexpr = dense_rows(D)
     c = gl.arange(0, D, layout=gl.SliceLayout(0, layout))
     for i in gl.static_range(4):
         token = tile * 128 + i * 32 + gl.arange(0, 32, layout=gl.SliceLayout(1, layout))
+        inside = token < tokens
+        if valid is not None:
+            inside &= gl.load(valid + token, mask=inside, other=0) != 0
         at = source + token.to(gl.int64)[:, None] * stride + c[None, :]
-        target.slice(i * 32, 32).store(gl.load(at, mask=(token < tokens)[:, None], other=0.0))
+        target.slice(i * 32, 32).store(gl.load(at, mask=inside[:, None], other=0.0))
+
+
+# From which position on queries see a token. Of the past, all see all; of what is not there, none.
+NEVER = gl.constexpr(2**31 - 1)
+LINE = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
+
+
+@gluon.jit
+def put_bounds_of_packed(target, tile, packed):
+    """Of 128 packed tokens."""
+    token = tile * 128 + gl.arange(0, 128, layout=LINE)
+    target.store(gl.where(token < packed, 0, NEVER))
+
+
+@gluon.jit
+def put_bounds_of_exact(target, tile, tokens, packed, slots, sinks):
+    """Of 128 exact slots."""
+    slot = tile * 128 + gl.arange(0, 128, layout=LINE)
+    _position, seen = exact(slot, tokens, packed, slots, sinks)
+    target.store(gl.where(seen, 0, NEVER))
+
+
+@gluon.jit
+def put_bounds_of_new(target, query_position, valid, tile, tokens):
+    """Of 128 new tokens."""
+    token = tile * 128 + gl.arange(0, 128, layout=LINE)
+    inside = token < tokens
+    if valid is not None:
+        inside &= gl.load(valid + token, mask=inside, other=0) != 0
+    position = gl.load(query_position + token, mask=inside, other=0).to(gl.int32)
+    target.store(gl.where(inside, position, NEVER))
