@@ -154,14 +154,14 @@ def consume(
     m = gl.full([64], NOTHING, gl.float32, layout=gl.SliceLayout(1, SCORES))
     total = gl.full([64], 0.0, gl.float32, layout=gl.SliceLayout(1, SCORES))
     none = gl.zeros([64, 128], gl.float32, layout=SCORES)
-    acc = hopper.warpgroup_mma_init(gl.zeros([64, D], gl.float32, layout=SUMS))
+    sums = gl.zeros([64, D], gl.float32, layout=SUMS)
     for i in range(low, high):
         k = i - low
         mbarrier.wait(keys_ready.index(k % 2), k // 2 % 2)
         s = hopper.warpgroup_mma(
             q, keys.index(k % 2).permute((1, 0)), none, use_acc=False, is_async=True
         )
-        s, sums = hopper.warpgroup_mma_wait(0, deps=(s, acc))
+        s = hopper.warpgroup_mma_wait(0, deps=(s,))
         if CAP:
             s = cap - 2 * cap / (gl.exp2(s * factor) + 1)
         j = i - many - own  # tile of new tokens
@@ -171,7 +171,6 @@ def consume(
             s = gl.where(bound[None, :] <= position[:, None], s, NOTHING)
         gl.thread_barrier()
         mbarrier.arrive(keys_free.index(k % 2), count=1)
-        mbarrier.arrive(values_free.index((k + 1) % 2), count=1, pred=k > 0)
         new_m = gl.maximum(m, gl.max(s, 1))
         # Nothing seen yet: probabilities of what is hidden must be 0, not 1.
         base = gl.where(new_m > NOTHING, new_m, 0.0) * unit
@@ -183,8 +182,10 @@ def consume(
         sums = sums * alpha[:, None]
         p = gl.convert_layout(p.to(q.dtype), PROBABILITIES)
         mbarrier.wait(values_ready.index(k % 2), k // 2 % 2)
-        acc = hopper.warpgroup_mma(p, values.index(k % 2), sums, is_async=True)
-    sums = hopper.warpgroup_mma_wait(0, deps=(acc,))
+        sums = hopper.warpgroup_mma(p, values.index(k % 2), sums, is_async=True)
+        sums = hopper.warpgroup_mma_wait(0, deps=(sums,))
+        gl.thread_barrier()
+        mbarrier.arrive(values_free.index(k % 2), count=1)
 
     m = gl.convert_layout(m, gl.SliceLayout(1, SUMS), assert_trivial=True)
     total = gl.convert_layout(total, gl.SliceLayout(1, SUMS), assert_trivial=True)
@@ -336,7 +337,7 @@ def extend_hopper(
             (produce, (values, bounds, values_ready, values_free, share_of, where, v_source,
                        D, VB, VG, False, V_OFFSET, VALID)),
         ],
-        [4, 4, 4],
+        [4, 2, 2],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS],
     )
     # fmt: on

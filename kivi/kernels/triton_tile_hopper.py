@@ -1,6 +1,6 @@
 """Tiles of the Hopper extend kernel on their way into shared memory, as its matrix units read them.
 
-A producer is a warp group of its own, 4 warps. It writes tiles of 128 tokens, 32 at a time.
+A producer is two warps, half a warp group. It writes tiles of 128 tokens, 32 at a time.
 """
 
 from triton.experimental import gluon
@@ -10,20 +10,20 @@ from kivi.kernels.triton_gluon_steps import exact
 from kivi.kernels.triton_tile_dense import below_mantissa, value_asm
 from kivi.kernels.triton_tile_gluon import move_down
 
-TOKENS = gl.constexpr(128)  # of a tile
+WARPS = gl.constexpr(2)  # of a producer
 
 
 @gluon.constexpr_function
 def grouped(columns, group):
-    """16 bytes a thread of `[32, columns / group, group]` 16-bit elements, rows by 4 warps."""
+    """16 bytes a thread of `[32, columns / group, group]` 16-bit elements, rows by warps."""
     inner, outer = group // 8, columns // group
-    return gl.BlockedLayout([1, 1, 8], [32 // inner // outer, outer, inner], [4, 1, 1], [2, 1, 0])
+    return gl.BlockedLayout([1, 1, 8], [32 // inner // outer, outer, inner], [WARPS.value, 1, 1], [2, 1, 0])
 
 
 @gluon.constexpr_function
 def dense_rows(columns):
     """The same of `[32, columns]`."""
-    return gl.BlockedLayout([1, 8], [256 // columns, columns // 8], [4, 1], [1, 0])
+    return gl.BlockedLayout([1, 8], [256 // columns, columns // 8], [WARPS.value, 1], [1, 0])
 
 
 @gluon.jit
@@ -117,7 +117,7 @@ def put_new(target, source, stride, valid, tile, tokens, D: gl.constexpr):
 
 # From which position on queries see a token. Of the past, all see all; of what is not there, none.
 NEVER = gl.constexpr(2**31 - 1)
-LINE = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
+LINE = gl.constexpr(gl.BlockedLayout([1], [32], [WARPS.value], [0]))
 
 
 @gluon.jit
