@@ -3,61 +3,25 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 
-from kivi.grids import symmetric_offset
-from kivi.kernels.triton_decode import FAST, INTERPRETED, _flat, _multiprocessors
-from kivi.kernels.triton_flash import extend
-from kivi.kernels.triton_tile_rows import LOG2E, combine
-from kivi.kernels.triton_tiles import padded
-from kivi.spec import TILE_ROWS, KVSpec
+from kivi.kernels import triton_extend_hopper as hopper
+from kivi.kernels import triton_extend_portable as portable
+from kivi.kernels.triton_decode import INTERPRETED, _flat, _multiprocessors
+from kivi.kernels.triton_tile_rows import combine
+from kivi.spec import PAGE_TOKENS, TILE_ROWS, KVSpec
 
 # A share of the past for each of so many programs at most: partial results cost memory.
 MAX_SPLITS = 32
 
 
-class Tuning(NamedTuple):
-    """How the work is divided.
-
-    `rows` of a block, `planes`: of 32 tokens in a tile, `warps` of a program, `stages` of its
-    pipeline, `resident`: programs that a multiprocessor holds at once, `registers` of a thread at
-    most (None: any).
-    """
-
-    rows: int
-    planes: int
-    warps: int
-    stages: int
-    resident: int
-    registers: int | None = None
-
-
-@cache
-def tuning(rows: int, head_dim: int, dtype: torch.dtype) -> Tuning:
-    """What fits the registers.
-
-    Args:
-        rows: query rows of a KV head.
-        head_dim: the larger one.
-        dtype: of the queries.
-    """
-    width = padded(head_dim)
-    if dtype == torch.float32:
-        return Tuning(16, 1, 4, 1, 2)
-    block = max(16, min(128, 16384 // width, triton.next_power_of_2(rows)))
-    planes = 2 if width <= 256 else 1
-    return Tuning(block, planes, 8 if block * width >= 16384 else 4, 2, 2)
-
-
-def _division(programs: int, tiles: int, plan: Tuning, device: torch.device) -> int:
+def _division(programs: int, tiles: int, resident: int, device: torch.device) -> int:
     """Into how many shares the tiles of a row go; nothing here may read the device."""
-    slots = plan.resident * _multiprocessors(device)
+    slots = resident * _multiprocessors(device)
     most = max(1, min(MAX_SPLITS, tiles // 4, 2 * slots // programs + 4))
     # Rounds of programs, in units of a whole row; a share costs about what a tile or two do.
     return min(
@@ -104,84 +68,81 @@ def _extend_attention(
     if mask is not None:
         mask = mask if mask.stride(3) == 1 else mask.contiguous()
         mask = mask.expand(b, -1, -1, -1).view(torch.uint8)
-    ratio = hq // hkv
-    plan = tuning(ratio * t, max(d, dv), q.dtype)
-    blocks = -(-ratio * t // plan.rows)
+    rows = hq // hkv * t
+    plan = portable.tuning(rows, max(d, dv), q.dtype)
+    key, value = (key_bits, key_channel, key_group), (value_bits, value_channel, value_group)
+    fast = table is not None and mask is None and sliding_window is None
+    if fast and hopper.serves(q, dv, key, value, scale):
+        plan = portable.Tuning(hopper.ROWS, hopper.TOKENS // TILE_ROWS, 16, 1, 1)
+    else:
+        fast = False
+    blocks = -(-rows // plan.rows)
     columns = 0 if table is None else table.shape[1]
     slots = 0 if exact_key is None else exact_key.shape[2] - 1
     programs, tile = b * hkv * blocks, TILE_ROWS * plan.planes
-    seen = columns * 512 + slots + t
+    seen = columns * PAGE_TOKENS + slots + t
     if sliding_window is not None:
         seen = min(seen, sliding_window + slots + t)
-    splits = _division(programs, -(-seen // tile), plan, q.device)
+    splits = _division(programs, -(-seen // tile), plan.resident, q.device)
     out = torch.empty((b, hq, t, dv), dtype=q.dtype, device=q.device)
     lse = torch.empty((b, hq, t), dtype=torch.float32, device=q.device)
     part, part_lse = out, lse
     if splits > 1:
         part = torch.empty((b, hq, t, splits, dv), dtype=torch.float32, device=q.device)
         part_lse = torch.empty((b, hq, t, splits), dtype=torch.float32, device=q.device)
-    options = {} if plan.registers is None else {"maxnreg": plan.registers}
+    query_position = query_position.contiguous()
+    valid = None if valid is None else valid.contiguous().view(torch.uint8)
     wide = INTERPRETED and q.dtype == torch.bfloat16
-    factor = scale * LOG2E.value if softcap is None else scale * 2 * LOG2E.value / softcap
     with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
-        extend[(programs * splits,)](
-            q,
-            k,
-            v,
-            key_words,
-            key_scale,
-            key_zero,
-            value_words,
-            value_scale,
-            value_zero,
-            table,
-            packed,
-            exact_key,
-            exact_value,
-            length,
-            query_position.contiguous(),
-            None if valid is None else valid.contiguous().view(torch.uint8),
-            mask,
-            s_aux,
-            part,
-            part_lse,
-            *q.stride()[:3],
-            *k.stride()[:3],
-            *v.stride()[:3],
-            0 if mask is None else mask.stride(0),
-            0 if mask is None else mask.stride(2),
-            factor,
-            (softcap or 0.0) * LOG2E.value,
-            sliding_window or 0,
-            hkv,
-            columns,
-            t,
-            ratio,
-            blocks,
-            splits,
-            sinks,
-            slots - sinks,
-            D=d,
-            DV=dv,
-            K_BITS=key_bits,
-            K_CHANNEL=key_channel,
-            K_G=key_group,
-            K_OFFSET=symmetric_offset(key_bits) if key_bits else 0.0,
-            V_BITS=value_bits,
-            V_CHANNEL=value_channel,
-            V_G=value_group,
-            V_OFFSET=symmetric_offset(value_bits) if value_bits else 0.0,
-            ROWS=plan.rows,
-            PLANES=plan.planes,
-            WINDOW=sliding_window is not None,
-            CAP=softcap is not None,
-            FINAL=splits == 1,
-            FAST=FAST,
-            WIDE=wide,
-            num_warps=plan.warps,
-            num_stages=plan.stages,
-            **options,
-        )
+        if fast:
+            assert key_words is not None and value_words is not None and table is not None
+            assert key_scale is not None and value_scale is not None and length is not None
+            assert packed is not None and exact_key is not None and exact_value is not None
+            hopper.launch(
+                q,
+                k,
+                v,
+                (key_words, key_scale, key_zero),
+                (value_words, value_scale, value_zero),
+                table,
+                packed,
+                exact_key,
+                exact_value,
+                length,
+                query_position,
+                valid,
+                s_aux,
+                part,
+                part_lse,
+                (key_bits, value_bits),
+                (key_group, value_group),
+                sinks,
+                scale,
+                softcap,
+                splits,
+            )
+        else:
+            portable.launch(
+                q,
+                k,
+                v,
+                (key_words, key_scale, key_zero, value_words, value_scale, value_zero),
+                (table, packed, exact_key, exact_value, length),
+                query_position,
+                valid,
+                mask,
+                s_aux,
+                part,
+                part_lse,
+                key,
+                value,
+                sinks,
+                scale,
+                sliding_window,
+                softcap,
+                splits,
+                plan,
+            )
         if splits > 1:
             combine[(b * hq * t,)](
                 part, part_lse, s_aux, out, lse, hq, t, splits, DV=dv, STEP=16, WIDE=wide

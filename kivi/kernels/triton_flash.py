@@ -86,7 +86,6 @@ def extend(
     WIDE: tl.constexpr,
 ):
     """Attention of a block of query rows over a share of their tokens."""
-    DTYPE: tl.constexpr = q.dtype.element_ty
     PAST: tl.constexpr = table is not None
     PLAIN: tl.constexpr = valid is None and mask is None and not WINDOW
     TOKENS: tl.constexpr = 32 * PLANES

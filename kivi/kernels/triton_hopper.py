@@ -1,4 +1,4 @@
-"""extend_attention on Hopper, for the formats that matter: what makes it as fast as dense attention.
+"""extend_attention on Hopper, for the formats that matter: what makes it about as fast as dense.
 
 A program takes 128 query rows of one KV head and a share of what they see, tiles of 128 tokens. Its
 warp groups have different work: two compute attention of 64 rows each, one brings tiles of keys
@@ -133,8 +133,8 @@ def consume(
 ):
     """Attention of 64 query rows over the tiles."""
     keys_ready, keys_free, values_ready, values_free = barriers
-    low, high, many, own, packed, length = share
-    b, h, heads, tokens, slots, sinks = where
+    low, high, many, own, packed, _length = share
+    b, h, heads, tokens, _slots, _sinks = where
     query_position, ratio, splits, split = rows
     s_aux, out, lse = results
     SCORES: gl.constexpr = mma(128)
@@ -328,16 +328,16 @@ def extend_hopper(
                 query_position, valid)
     gl.warp_specialize(
         [
-            (consume, (queries.index(0), keys, values, bounds, barriers, share_of, where, rows, results,
-                       row, factor, cap, D, CAP, AUX, VALID, FINAL)),
-            (consume, (queries.index(1), keys, values, bounds, barriers, share_of, where, rows, results,
-                       row + 64, factor, cap, D, CAP, AUX, VALID, FINAL)),
+            (consume, (queries.index(0), keys, values, bounds, barriers, share_of, where, rows,
+                       results, row, factor, cap, D, CAP, AUX, VALID, FINAL)),
+            (consume, (queries.index(1), keys, values, bounds, barriers, share_of, where, rows,
+                       results, row + 64, factor, cap, D, CAP, AUX, VALID, FINAL)),
             (produce, (keys, bounds, keys_ready, keys_free, share_of, where, k_source,
                        D, KB, KG, True, K_OFFSET, VALID)),
             (produce, (values, bounds, values_ready, values_free, share_of, where, v_source,
                        D, VB, VG, False, V_OFFSET, VALID)),
         ],
-        [4, 2, 2],
+        [4, 4, 4],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS],
     )
     # fmt: on

@@ -1,6 +1,6 @@
 """Tiles of the Hopper extend kernel on their way into shared memory, as its matrix units read them.
 
-A producer is two warps, half a warp group. It writes tiles of 128 tokens, 32 at a time.
+A producer is a warp group. It writes tiles of 128 tokens, 32 at a time.
 """
 
 from triton.experimental import gluon
@@ -10,14 +10,16 @@ from kivi.kernels.triton_gluon_steps import exact
 from kivi.kernels.triton_tile_dense import below_mantissa, value_asm
 from kivi.kernels.triton_tile_gluon import move_down
 
-WARPS = gl.constexpr(2)  # of a producer
+WARPS = gl.constexpr(4)  # of a producer
 
 
 @gluon.constexpr_function
 def grouped(columns, group):
     """16 bytes a thread of `[32, columns / group, group]` 16-bit elements, rows by warps."""
     inner, outer = group // 8, columns // group
-    return gl.BlockedLayout([1, 1, 8], [32 // inner // outer, outer, inner], [WARPS.value, 1, 1], [2, 1, 0])
+    return gl.BlockedLayout(
+        [1, 1, 8], [32 // inner // outer, outer, inner], [WARPS.value, 1, 1], [2, 1, 0]
+    )
 
 
 @gluon.constexpr_function
@@ -27,9 +29,7 @@ def dense_rows(columns):
 
 
 @gluon.jit
-def values(
-    words, scale, zero, plane: gl.constexpr, bits: gl.constexpr, offset: gl.constexpr
-):
+def values(words, scale, zero, plane: gl.constexpr, bits: gl.constexpr, offset: gl.constexpr):
     """Codes of a plane of words (their first plane is 0) times scale plus zero."""
     direct: gl.constexpr = below_mantissa(bits, scale.dtype)
     if plane >= direct:
@@ -68,25 +68,30 @@ def put_packed(
     c = gl.arange(0, wide, layout=gl.SliceLayout(0, gl.SliceLayout(1, layout)))
     rg = r[:, None] * D + g[None, :] * wide
     at = rg[:, :, None] + c[None, None, :]
+    # All loads first: a store makes the warps of the producer wait for each other.
+    tiles = ()
     for tile in gl.static_range(4 // in_tile):
         first = chunk * 4 + tile * in_tile
         w = gl.load(words + first // held * (32 * D) + at)
         if in_tile < held:
             w = move_down(w, first % held * bits)
-        for i in gl.static_range(in_tile):
-            plane = gl.minimum(first + i, last)
-            if channel:
-                s_at = (plane * 32 // G * D + c)[None, None, :]
-            else:
-                s_at = ((plane * 32 + r)[:, None] * (D // G) + g[None, :])[:, :, None]
-            s = gl.load(scale + s_at)
-            z = s
-            if offset == 0:
-                z = gl.load(zero + s_at)
-            s, _a = gl.broadcast(s, w)
-            z, _b = gl.broadcast(z, w)
-            x = values(w, s, z, i, bits, offset)
-            target.slice((tile * in_tile + i) * 32, 32).store(x.reshape([32, D]))
+        tiles = tiles + (w,)
+    scales = ()
+    zeros = ()
+    for i in gl.static_range(4):
+        plane = gl.minimum(chunk * 4 + i, last)
+        if channel:
+            s_at = (plane * 32 // G * D + c)[None, None, :]
+        else:
+            s_at = ((plane * 32 + r)[:, None] * (D // G) + g[None, :])[:, :, None]
+        scales = scales + (gl.load(scale + s_at),)
+        zeros = zeros + (gl.load((scale if offset > 0 else zero) + s_at),)
+    for i in gl.static_range(4):
+        w = tiles[i // in_tile]
+        s, _a = gl.broadcast(scales[i], w)
+        z, _b = gl.broadcast(zeros[i], w)
+        x = values(w, s, z, i % in_tile, bits, offset)
+        target.slice(i * 32, 32).store(x.reshape([32, D]))
 
 
 @gluon.jit
