@@ -232,9 +232,17 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("kind", ["past", "none", "padded", "split"])
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "+".join(o))
-def test_options(options: dict, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        *(("past", options) for options in OPTIONS),
+        *((kind, o) for kind in ("none", "padded", "split") for o in (OPTIONS[1], OPTIONS[-1])),
+        ("padded", OPTIONS[4]),
+        ("split", OPTIONS[4]),
+    ],
+    ids=str,
+)
+def test_options(kind: str, options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     splits = 3 if kind == "split" else 1
     monkeypatch.setattr(triton_extend, "_division", lambda *_: splits)
     padding = [0, 30] if kind == "padded" else None
