@@ -295,7 +295,10 @@ def extend_hopper(
         r = block * 128 + half * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
         token, head = r // ratio, h * ratio + r % ratio
         at = q + b.to(gl.int64) * q_row + head.to(gl.int64) * q_head + token.to(gl.int64) * q_token
-        x = gl.load(at[:, None] + c[None, :], mask=(token < tokens)[:, None], other=0.0)
+        real = token < tokens
+        if VALID:
+            real &= gl.load(valid + b.to(gl.int64) * tokens + token, mask=real, other=0) != 0
+        x = gl.load(at[:, None] + c[None, :], mask=real[:, None], other=0.0)
         queries.index(half).store(x)
     keys = gl.allocate_shared_memory(DTYPE, [2, 128, D], SHARED)
     values = gl.allocate_shared_memory(DTYPE, [2, 128, D], SHARED)
