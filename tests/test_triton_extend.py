@@ -4,6 +4,7 @@ Without a GPU the kernel runs in Triton's interpreter. Everything that is not pa
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from one_thread import one_thread  # noqa: F401
 from test_triton_decode import (
+    BRAIN,
     DEVICE,
     DTYPES,
     FLOOR,
@@ -32,9 +34,11 @@ from test_triton_decode import (
 from kivi import KVSpec, LayerCache
 from kivi.attention import get_ops
 from kivi.kernels import reference, triton_extend, triton_extend_portable
+from kivi.kernels import triton_extend_hopper as hopper
 from kivi.kernels.reference import exact_positions
 from kivi.kernels.triton_decode import supports
 from kivi.kernels.triton_extend import extend_attention
+from kivi.quantize import Pages
 from kivi.view import CacheView
 
 pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning"), *[pytest.mark.gpu] * GPU]
@@ -392,14 +396,93 @@ def test_random_specs(
     check(at, d**-0.5, sliding_window=sliding_window)
 
 
+@pytest.fixture(params=["hopper", "portable"])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Both kernels that can serve the common formats; the one of Hopper only there."""
+    used = []
+    if request.param == "portable":
+        monkeypatch.setattr(hopper, "serves", lambda *_: False)
+    elif torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs an H100 or H200")
+    else:
+        launch = hopper.launch
+        monkeypatch.setattr(hopper, "launch", lambda *a: (used.append(1), launch(*a)))
+    yield request.param
+    assert bool(used) == (request.param == "hopper")
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES[:2])
 @pytest.mark.parametrize("group", [32, 128])
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 @pytest.mark.parametrize("d", [64, 128])
-def test_long_rows(d: int, bits: int, group: int, dtype: torch.dtype) -> None:
+def test_long_rows(kernel: str, d: int, bits: int, group: int, dtype: torch.dtype) -> None:
     spec = KVSpec(Q(bits, "channel", group), Q(bits, "token", group), 128, 4)
     check(state(spec, [5000, 17, 9000], 600, 4, 2, d, d, dtype), d**-0.5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"ratio": 1, "t": 33},
+        {"ratio": 7, "t": 130},
+        {"softcap": 5.0, "s_aux": True},
+        {"padding": [0, 131, 299]},
+        {"splits": 5, "s_aux": True},
+        {"splits": 40},
+        {"grid": "symmetric"},
+        {"grid": "symmetric", "bits": 8, "dtype": BRAIN},
+        {"key_group": None, "value_group": 16},
+        {"sinks": 0, "window": 0},
+        {"outlier": 65504.0},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("d", [64, 128])
+def test_common_formats(
+    kernel: str, d: int, options: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    o = options.get
+    if "splits" in options:
+        monkeypatch.setattr(triton_extend, "_division", lambda *_: options["splits"])
+    bits, grid, ratio = o("bits", 2), o("grid", "asymmetric"), o("ratio", 4)
+    key = Q(bits, "channel", o("key_group", 32), grid)
+    spec = KVSpec(
+        key, Q(bits, "token", o("value_group", 32), grid), o("window", 100), o("sinks", 3)
+    )
+    padding, outlier = o("padding"), o("outlier")
+    dtype, t = o("dtype", HALF), o("t", 300)
+    at = state(spec, [2000, 1, 700], t, ratio, 2, d, d, dtype, padding, outlier=outlier)
+    aux = randn(2 * ratio, seed=4) if "s_aux" in options else None
+    if outlier:
+        at = at._replace(q=at.q / 100)
+    scale = 0.01 if outlier else d**-0.5
+    slack = 16.0 if outlier else 1.0
+    out, lse = check(at, scale, slack, softcap=o("softcap"), s_aux=aux)
+    arguments = (at.q, at.k, at.v, at.view, at.spec, at.position, scale, at.valid)
+    again = extend_attention(*arguments, softcap=o("softcap"), s_aux=aux)
+    assert torch.equal(again[0], out) and torch.equal(again[1], lse)
+
+
+@pytest.mark.gpu
+def test_more_elements_than_32_bits_count(kernel: str) -> None:
+    spec = KVSpec(Q(8, "channel", 32), Q(8, "token", 32), 64, 0)
+    at = state(spec, [1500], 200, 4, 2, 128, 128)
+    assert at.view is not None
+    out, _ = check(at, 0.1)
+    count = 2**31 // at.view.key.words[0].numel()
+    pools = []
+    for pages in at.view[:2]:
+        tensors = [None if x is None else x.new_zeros(count + len(x), *x.shape[1:]) for x in pages]
+        for new, x in zip(tensors, pages, strict=True):
+            if new is not None and x is not None:
+                new[count:] = x
+        pools.append(Pages(*tensors))
+    view = at.view._replace(key=pools[0], value=pools[1], table=at.view.table + count)
+    again = extend_attention(at.q, at.k, at.v, view, spec, at.position, 0.1)
+    assert torch.equal(again[0], out)
 
 
 @pytest.mark.gpu
