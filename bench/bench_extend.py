@@ -47,12 +47,12 @@ def dense(
     batch, heads, ratio, new, past = case
     q = torch.randn(batch, heads * ratio, new, d, device="cuda").to(dtype)
     k, v = (torch.randn(batch, heads, past + new, d, device="cuda").to(dtype) for _ in "kv")
-    # The bias calls the flash kernel as it is, which wants as many heads in keys as in queries.
-    many = [x.repeat_interleave(ratio, 1) for x in (k, v)]
     bias = causal_lower_right(new, past + new)
     times = {}
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        times["flash"] = median(lambda: F.scaled_dot_product_attention(q, *many, attn_mask=bias))
+        times["flash"] = median(
+            lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=ratio > 1)
+        )
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         times["cudnn"] = median(
             lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=ratio > 1)
