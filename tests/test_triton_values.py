@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gluon_on_cpu import bits_of, rounded, run_ptx
 
 pytest.importorskip("triton")
 
@@ -27,46 +28,6 @@ def plain(function):
     return getattr(function, "fn", function)
 
 
-def floats(bits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return bits.to(torch.int16).view(dtype).double()
-
-
-def rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The bits of float64 numbers, rounded once."""
-    y = x.float()
-    # To odd, where float32 is between: then the second rounding is as if there were no first.
-    wrong = (y.double() != x) & y.isfinite() & (y.view(torch.int32) % 2 == 0)
-    toward = torch.where(y.double() < x, torch.inf, -torch.inf).float()
-    return torch.where(wrong, torch.nextafter(y, toward), y).to(dtype).view(torch.int16).long()
-
-
-def execute(text: str, dtype: torch.dtype, **registers: torch.Tensor) -> torch.Tensor:
-    for line in text.strip("{} ").split(";"):
-        name, _, rest = line.strip().partition(" ")
-        arguments = rest.replace(" ", "").split(",")
-        if name in ("", ".reg"):
-            continue
-        target, *sources = arguments
-        x = [registers[s] if s in registers else torch.tensor(int(s, 16) % 2**16) for s in sources]
-        if name == "mov.b32":
-            value = x[0]
-        elif name == "and.b32":
-            value = x[0] & x[1]
-        elif name == "lop3.b32":
-            assert sources[3] == "0xEA"
-            value = x[0] & x[1] | x[2]
-        else:
-            a, *others = (floats(y, dtype) for y in x)
-            if name.startswith("fma.rn."):
-                value = rounded(a * others[0] + others[1], dtype)
-            else:
-                value = rounded(
-                    {"min": torch.minimum, "max": torch.maximum}[name[:3]](a, *others), dtype
-                )
-        registers[target] = value & 0xFFFF
-    return floats(registers["$0"], dtype)
-
-
 @pytest.mark.parametrize("dtype", [HALF, BRAIN])
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 def test_codes_become_numbers_exactly(bits: int, dtype: torch.dtype) -> None:
@@ -77,14 +38,13 @@ def test_codes_become_numbers_exactly(bits: int, dtype: torch.dtype) -> None:
     scale[::5], zero[::5] = 2.0**-14, 0.0
     if dtype == HALF:
         scale[::7], zero[::7] = min(top, 2 * top / (2**bits - 1)), -top
-    s, z = (x.view(torch.int16).long() & 0xFFFF for x in (scale, zero))
     for plane in range(plain(below_mantissa)(bits, KINDS[dtype])):
         code = (word >> plane * bits) % 2**bits
         for offset in (0.0, symmetric_offset(bits)):
             text = plain(value_asm)(bits, plane * bits, KINDS[dtype], offset)
-            got = execute(text, dtype, **{"$1": word, "$2": s, "$3": z})
+            got = run_ptx(text, dtype, **{"$1": word, "$2": bits_of(scale), "$3": bits_of(zero)})
             exact = (code - offset) * scale.double() + (0.0 if offset else zero.double())
-            want = floats(rounded(exact, dtype) & 0xFFFF, dtype)
+            want = rounded(exact, dtype).to(torch.int16).view(dtype).double()
             assert torch.equal(got, want.clamp(-top, top) if dtype == HALF else want)
 
 
