@@ -292,6 +292,7 @@ class Kernel:
         for name, wanted in (
             ("triton_gluon_steps", ("exact",)),
             ("triton_tile_hopper", ()),
+            ("triton_hopper_steps", ()),
             ("triton_hopper", ()),
         ):
             code = compile(ast.Module(definitions(name, wanted), []), name, "exec")

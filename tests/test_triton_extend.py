@@ -432,6 +432,8 @@ def test_long_rows(kernel: str, d: int, bits: int, group: int, dtype: torch.dtyp
         {"padding": [0, 131, 299]},
         {"splits": 5, "s_aux": True},
         {"splits": 40},
+        {"sliding_window": 700},
+        {"sliding_window": 90, "padding": [0, 131, 299], "splits": 2},
         {"grid": "symmetric"},
         {"grid": "symmetric", "bits": 8, "dtype": BRAIN},
         {"key_group": None, "value_group": 16},
@@ -460,9 +462,10 @@ def test_common_formats(
         at = at._replace(q=at.q / 100)
     scale = 0.01 if outlier else d**-0.5
     slack = 16.0 if outlier else 1.0
-    out, lse = check(at, scale, slack, softcap=o("softcap"), s_aux=aux)
+    limits = {"sliding_window": o("sliding_window"), "softcap": o("softcap"), "s_aux": aux}
+    out, lse = check(at, scale, slack, **limits)
     arguments = (at.q, at.k, at.v, at.view, at.spec, at.position, scale, at.valid)
-    again = extend_attention(*arguments, softcap=o("softcap"), s_aux=aux)
+    again = extend_attention(*arguments, **limits)
     assert torch.equal(again[0], out) and torch.equal(again[1], lse)
 
 

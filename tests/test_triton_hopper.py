@@ -36,6 +36,9 @@ CASES: dict[str, dict[str, Any]] = {
     "softcap and sinks": {"softcap": 3.0, "s_aux": True},
     "splits": {"lengths": [1300, 30], "splits": 5, "s_aux": True},
     "nothing packed": {"lengths": [20], "t": 140},
+    "window": {"sliding_window": 300, "t": 200},
+    "short window, padding": {"sliding_window": 40, "t": 200, "padding": [30, 0]},
+    "window, splits": {"sliding_window": 500, "softcap": 3.0, "splits": 3},
     "outliers": {"outlier": 65504.0},
     "heads that are not next to each other": {"hkv": 2, "strided": True},
 }
@@ -73,7 +76,7 @@ def test_hopper(case: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
         q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in at[2:5])
         at = at._replace(q=q, k=k, v=v)
     s_aux = randn(ratio * hkv, seed=4) if "s_aux" in case else None
-    check(at, scale, slack, softcap=case.get("softcap"), s_aux=s_aux)
+    check(at, scale, slack, s_aux=s_aux, **{n: case.get(n) for n in ("sliding_window", "softcap")})
     assert len(launched) == 1
 
 

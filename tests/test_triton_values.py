@@ -86,9 +86,9 @@ for target in (cuda, hip):
 from kivi.kernels.triton_hopper import extend_hopper
 from kivi.kernels.triton_extend_hopper import registers
 asm = build(GluonASTSource, extend_hopper, cuda, dict(
-    D=128, KB=2, KG=32, K_OFFSET=0.0, VB=2, VG=32, V_OFFSET=0.0, CAP=False, AUX=True, VALID=True,
-    FINAL=True, CONSUMER_REGISTERS=registers.consumer, PRODUCER_REGISTERS=registers.producer),
-    num_warps=4)
+    D=128, KB=2, KG=32, K_OFFSET=0.0, VB=2, VG=32, V_OFFSET=0.0, WINDOW=False, CAP=False, AUX=True,
+    VALID=True, FINAL=True, CONSUMER_REGISTERS=registers.consumer,
+    PRODUCER_REGISTERS=registers.producer), num_warps=4)
 assert asm["ptx"].count("setmaxnreg") > 3 and "wgmma" in asm["ptx"]
 print("compiled")
 """

@@ -71,7 +71,7 @@ def _extend_attention(
     rows = hq // hkv * t
     plan = portable.tuning(rows, max(d, dv), q.dtype)
     key, value = (key_bits, key_channel, key_group), (value_bits, value_channel, value_group)
-    fast = table is not None and mask is None and sliding_window is None
+    fast = table is not None and mask is None
     if fast and hopper.serves(q, dv, key, value, scale):
         plan = portable.Tuning(hopper.ROWS, hopper.TOKENS // TILE_ROWS, 16, 1, 1)
     else:
@@ -118,6 +118,7 @@ def _extend_attention(
                 (key_group, value_group),
                 sinks,
                 scale,
+                sliding_window,
                 softcap,
                 splits,
             )

@@ -79,6 +79,7 @@ def launch(
     groups: tuple[int, int],
     sinks: int,
     scale: float,
+    sliding_window: int | None,
     softcap: float | None,
     splits: int,
 ) -> None:
@@ -118,6 +119,7 @@ def launch(
         *v.stride()[:3],
         scale * LOG2E.value if softcap is None else scale * 2 * LOG2E.value / softcap,
         (softcap or 0.0) * LOG2E.value,
+        sliding_window or 0,
         hkv,
         table.shape[1],
         t,
@@ -133,6 +135,7 @@ def launch(
         VB=bits[1],
         VG=groups[1],
         V_OFFSET=offsets[1],
+        WINDOW=sliding_window is not None,
         CAP=softcap is not None,
         AUX=s_aux is not None,
         VALID=valid is not None,

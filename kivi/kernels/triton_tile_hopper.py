@@ -120,24 +120,24 @@ def put_new(target, source, stride, valid, tile, tokens, D: gl.constexpr):
         target.slice(i * 32, 32).store(gl.load(at, mask=inside[:, None], other=0.0))
 
 
-# From which position on queries see a token. Of the past, all see all; of what is not there, none.
+# Positions of a tile's tokens: from there on queries see them. What is not there, none sees.
 NEVER = gl.constexpr(2**31 - 1)
 LINE = gl.constexpr(gl.BlockedLayout([1], [32], [WARPS.value], [0]))
 
 
 @gluon.jit
-def put_bounds_of_packed(target, tile, packed):
+def put_bounds_of_packed(target, tile, packed, sinks):
     """Of 128 packed tokens."""
     token = tile * 128 + gl.arange(0, 128, layout=LINE)
-    target.store(gl.where(token < packed, 0, NEVER))
+    target.store(gl.where(token < packed, sinks + token, NEVER))
 
 
 @gluon.jit
 def put_bounds_of_exact(target, tile, tokens, packed, slots, sinks):
     """Of 128 exact slots."""
     slot = tile * 128 + gl.arange(0, 128, layout=LINE)
-    _position, seen = exact(slot, tokens, packed, slots, sinks)
-    target.store(gl.where(seen, 0, NEVER))
+    position, seen = exact(slot, tokens, packed, slots, sinks)
+    target.store(gl.where(seen, position, NEVER))
 
 
 @gluon.jit
