@@ -12,12 +12,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
-import triton.language as tl
 from torch import Tensor
 
-import kivi.kernels
-from kivi.kernels import triton_tile_dense
+tl = pytest.importorskip("triton.language")
+
+import kivi.kernels  # noqa: E402
+from kivi.kernels import triton_tile_dense  # noqa: E402
 
 PATIENCE = 20  # seconds until a wait counts as a deadlock
 

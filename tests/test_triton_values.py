@@ -10,11 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from gluon_on_cpu import bits_of, rounded, run_ptx
-
-pytest.importorskip("triton")
-
-import triton.language as tl
+from gluon_on_cpu import bits_of, rounded, run_ptx, tl
 
 from kivi.grids import symmetric_offset
 from kivi.kernels.triton_tile_dense import below_mantissa, value_asm

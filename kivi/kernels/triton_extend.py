@@ -69,7 +69,7 @@ def _extend_attention(
         mask = mask if mask.stride(3) == 1 else mask.contiguous()
         mask = mask.expand(b, -1, -1, -1).view(torch.uint8)
     rows = hq // hkv * t
-    plan = portable.tuning(rows, max(d, dv), q.dtype)
+    plan = portable.tuning(rows, max(d, dv), q.dtype, (key_bits, value_bits))
     key, value = (key_bits, key_channel, key_group), (value_bits, value_channel, value_group)
     fast = table is not None and mask is None
     if fast and hopper.serves(q, dv, key, value, scale):

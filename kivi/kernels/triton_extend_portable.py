@@ -33,22 +33,23 @@ class Tuning(NamedTuple):
 
 
 @cache
-def tuning(rows: int, head_dim: int, dtype: torch.dtype) -> Tuning:
-    """What fits the registers.
+def tuning(rows: int, head_dim: int, dtype: torch.dtype, bits: tuple[int, int]) -> Tuning:
+    """What fits the registers, and for 16-bit queries 99 KiB of shared memory.
 
     Args:
         rows: query rows of a KV head.
         head_dim: the larger one.
         dtype: of the queries.
+        bits: of keys and values.
     """
     width = padded(head_dim)
     if dtype == torch.float32:
         return Tuning(16, 1, 4, 1, 2)
     block = max(16, min(128, 16384 // width, triton.next_power_of_2(rows)))
     warps = 8 if block * width >= 16384 else 4
-    # With these, 99 KiB of shared memory suffice.
-    planes, stages = 2 if width <= 128 else 1, 2 if width <= 256 else 1
-    return Tuning(block, planes, warps, stages, 8 // warps)
+    # Codes of 3 bits come from two tiles of words.
+    stages = 2 if width <= 256 and 3 not in bits else 1
+    return Tuning(block, 2 if width <= 128 else 1, warps, stages, 8 // warps)
 
 
 def launch(
