@@ -1,9 +1,10 @@
 """extend_attention: new tokens over a packed past, against dense 16-bit attention in the same run.
 
 `python bench/bench_extend.py [--variants LIST] [--cases TEXT] [--formats TEXT] [--flex] [--out F]`,
-on a GPU. Pages hold random codes and scales. A variant is `auto`, `hopper:CONSUMER/PRODUCER`
-(registers) or `portable:ROWS/PLANES/WARPS/STAGES[/REGISTERS]`, each with `@SPLITS` behind it if the
-number of splits is not to be chosen. "ms" is the median of `triton.testing.do_bench`; "flash" is
+on a GPU. Pages hold random codes and scales. A variant is `auto`,
+`hopper:CONSUMER/PRODUCER/STAGES` (registers, tiles) or
+`portable:ROWS/PLANES/WARPS/STAGES[/REGISTERS]`, each with `@SPLITS` behind it if the number of
+splits is not to be chosen. "ms" is the median of `triton.testing.do_bench`; "flash" is
 SDPA's flash kernel with the same causal order, "cudnn" that of cuDNN without a mask (it has none
 for queries at the end), which is a little more work; ratios above 1 are slower than these. "diff"
 is the largest difference to the first variant's result, relative to its largest element.
@@ -75,7 +76,7 @@ def chosen(variant: str) -> Iterator[None]:
     places = [
         (triton_extend, "_division"),
         (triton_extend_hopper, "serves"),
-        (triton_extend_hopper, "registers"),
+        (triton_extend_hopper, "tuning"),
         (triton_extend_portable, "tuning"),
     ]
     before = [getattr(module, name) for module, name in places]
@@ -83,7 +84,7 @@ def chosen(variant: str) -> Iterator[None]:
         if splits:
             triton_extend._division = lambda *_: int(splits)
         if kind == "hopper":
-            triton_extend_hopper.registers = triton_extend_hopper.Registers(*values)
+            triton_extend_hopper.tuning = triton_extend_hopper.Tuning(*values)
         elif kind == "portable":
             triton_extend_hopper.serves = lambda *_: False
             resident = 8 // values[2] if values else 1

@@ -35,6 +35,7 @@ CASES: dict[str, dict[str, Any]] = {
     "padding": {"t": 150, "padding": [3, 149]},
     "softcap and sinks": {"softcap": 3.0, "s_aux": True},
     "splits": {"lengths": [1300, 30], "splits": 5, "s_aux": True},
+    "three stages": {"stages": 3},
     "nothing packed": {"lengths": [20], "t": 140},
     "window": {"sliding_window": 300, "t": 200},
     "short window, padding": {"sliding_window": 40, "t": 200, "padding": [30, 0]},
@@ -55,6 +56,8 @@ def test_hopper(case: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(triton_extend_hopper, "extend_hopper", Counted())
     monkeypatch.setattr(triton_extend_hopper, "_is_hopper", lambda _: True)
+    tuning = triton_extend_hopper.Tuning(stages=case.get("stages", 2))
+    monkeypatch.setattr(triton_extend_hopper, "tuning", tuning)
     monkeypatch.setattr(triton_extend, "_division", lambda *_: case.get("splits", 1))
     d, ratio, hkv = case.get("d", 64), case.get("ratio", 2), case.get("hkv", 1)
     at = state(

@@ -80,11 +80,11 @@ for target in (cuda, hip):
         FINAL=True, FAST=fast, WIDE=False), num_warps=4)
     assert ("wgmma" in asm["ptx"]) if fast else ("mfma" in asm["amdgcn"])
 from kivi.kernels.triton_hopper import extend_hopper
-from kivi.kernels.triton_extend_hopper import registers
+from kivi.kernels.triton_extend_hopper import tuning
 asm = build(GluonASTSource, extend_hopper, cuda, dict(
     D=128, KB=2, KG=32, K_OFFSET=0.0, VB=2, VG=32, V_OFFSET=0.0, WINDOW=False, CAP=False, AUX=True,
-    VALID=True, FINAL=True, CONSUMER_REGISTERS=registers.consumer,
-    PRODUCER_REGISTERS=registers.producer), num_warps=4)
+    VALID=True, FINAL=True, STAGES=tuning.stages, CONSUMER_REGISTERS=tuning.consumer,
+    PRODUCER_REGISTERS=tuning.producer), num_warps=4)
 assert asm["ptx"].count("setmaxnreg") > 3 and "wgmma" in asm["ptx"]
 print("compiled")
 """

@@ -18,14 +18,19 @@ WIDTHS = (1, 2, 4, 8)
 ROWS, TOKENS = 128, 128
 
 
-class Registers(NamedTuple):
-    """Registers of a thread that computes, and of one that brings tiles; 256 together at most."""
+class Tuning(NamedTuple):
+    """What a program takes.
+
+    Registers of a thread that computes (`consumer`) and of one that brings tiles (`producer`), 256
+    together; tiles of keys and of values in shared memory (`stages`).
+    """
 
     consumer: int = 176
     producer: int = 80
+    stages: int = 2
 
 
-registers = Registers()
+tuning = Tuning()
 
 
 @cache
@@ -140,7 +145,8 @@ def launch(
         AUX=s_aux is not None,
         VALID=valid is not None,
         FINAL=splits == 1,
-        CONSUMER_REGISTERS=registers.consumer,
-        PRODUCER_REGISTERS=registers.producer,
+        STAGES=tuning.stages,
+        CONSUMER_REGISTERS=tuning.consumer,
+        PRODUCER_REGISTERS=tuning.producer,
         num_warps=4,
     )

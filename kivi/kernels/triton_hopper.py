@@ -73,6 +73,7 @@ def extend_hopper(
     AUX: gl.constexpr,
     VALID: gl.constexpr,
     FINAL: gl.constexpr,
+    STAGES: gl.constexpr,  # tiles of keys, and of values, in shared memory
     CONSUMER_REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
 ):
@@ -112,14 +113,14 @@ def extend_hopper(
             real &= gl.load(valid + b.to(gl.int64) * tokens + token, mask=real, other=0) != 0
         x = gl.load(at[:, None] + c[None, :], mask=real[:, None], other=0.0)
         queries.index(half).store(x)
-    keys = gl.allocate_shared_memory(DTYPE, [2, 128, D], SHARED)
-    values = gl.allocate_shared_memory(DTYPE, [2, 128, D], SHARED)
-    bounds = gl.allocate_shared_memory(gl.int32, [2, 128], FLAT)
-    keys_ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    keys_free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    values_ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    values_free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(2):
+    keys = gl.allocate_shared_memory(DTYPE, [STAGES, 128, D], SHARED)
+    values = gl.allocate_shared_memory(DTYPE, [STAGES, 128, D], SHARED)
+    bounds = gl.allocate_shared_memory(gl.int32, [STAGES, 128], FLAT)
+    keys_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    keys_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    values_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    values_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
         mbarrier.init(keys_ready.index(i), count=1)
         mbarrier.init(keys_free.index(i), count=2)
         mbarrier.init(values_ready.index(i), count=1)
@@ -144,13 +145,15 @@ def extend_hopper(
     gl.warp_specialize(
         [
             (consume, (queries.index(0), keys, values, bounds, barriers, share_of, where, rows,
-                       results, row, factor, cap, window, D, WINDOW, CAP, AUX, VALID, FINAL)),
+                       results, row, factor, cap, window,
+                       D, WINDOW, CAP, AUX, VALID, STAGES, FINAL)),
             (consume, (queries.index(1), keys, values, bounds, barriers, share_of, where, rows,
-                       results, row + 64, factor, cap, window, D, WINDOW, CAP, AUX, VALID, FINAL)),
+                       results, row + 64, factor, cap, window,
+                       D, WINDOW, CAP, AUX, VALID, STAGES, FINAL)),
             (produce, (keys, bounds, keys_ready, keys_free, share_of, where, k_source,
-                       D, KB, KG, True, K_OFFSET, VALID)),
+                       D, KB, KG, True, K_OFFSET, VALID, STAGES)),
             (produce, (values, bounds, values_ready, values_free, share_of, where, v_source,
-                       D, VB, VG, False, V_OFFSET, VALID)),
+                       D, VB, VG, False, V_OFFSET, VALID, STAGES)),
         ],
         [4, 4, 4],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS],

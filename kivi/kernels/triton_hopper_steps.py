@@ -36,8 +36,8 @@ def signal(barrier):
 
 @gluon.jit
 def produce(
-    buffers,  # [2, 128, D]
-    bounds,  # [2, 128]: with the keys, the first position that sees a token
+    buffers,  # [STAGES, 128, D]
+    bounds,  # [STAGES, 128]: with the keys, the first position that sees a token
     ready,
     free,
     share,
@@ -49,6 +49,7 @@ def produce(
     channel: gl.constexpr,
     offset: gl.constexpr,
     VALID: gl.constexpr,
+    STAGES: gl.constexpr,
 ):
     """Bring the tiles of keys, or those of values, one after the other."""
     low, high, many, own, skipped, packed, length = share
@@ -68,8 +69,8 @@ def produce(
     page = gl.load(table + low // 4, mask=low < many, other=0)
     for i in range(low, high):
         k = i - low
-        buffer = buffers.index(k % 2)
-        mbarrier.wait(free.index(k % 2), k // 2 % 2 ^ 1)
+        buffer = buffers.index(k % STAGES)
+        mbarrier.wait(free.index(k % STAGES), k // STAGES % 2 ^ 1)
         if i < many:
             base = page * heads + h
             page = gl.load(table + (i + 1) // 4, mask=i + 1 < many, other=0)
@@ -87,23 +88,23 @@ def produce(
                 offset,
             )
             if channel:
-                put_bounds_of_packed(bounds.index(k % 2), i, n, sinks)
+                put_bounds_of_packed(bounds.index(k % STAGES), i, n, sinks)
         elif i < many + own:
             put_exact(buffer, exact_tokens, i - many, held, n, slots, sinks, D)
             if channel:
-                put_bounds_of_exact(bounds.index(k % 2), i - many, held, n, slots, sinks)
+                put_bounds_of_exact(bounds.index(k % STAGES), i - many, held, n, slots, sinks)
         else:
             j = i - many - own + skipped
             put_new(buffer, new, stride, valid, j, tokens, D)
             if channel:
-                put_bounds_of_new(bounds.index(k % 2), query_position, valid, j, tokens)
-        signal(ready.index(k % 2))
+                put_bounds_of_new(bounds.index(k % STAGES), query_position, valid, j, tokens)
+        signal(ready.index(k % STAGES))
 
 
 @gluon.jit
 def consume(
     q,  # [64, D]
-    keys,  # [2, 128, D]
+    keys,  # [STAGES, 128, D]
     values,
     bounds,
     barriers,
@@ -120,6 +121,7 @@ def consume(
     CAP: gl.constexpr,
     AUX: gl.constexpr,
     VALID: gl.constexpr,
+    STAGES: gl.constexpr,
     FINAL: gl.constexpr,
 ):
     """Attention of 64 query rows over the tiles."""
@@ -148,9 +150,9 @@ def consume(
     sums = gl.zeros([64, D], gl.float32, layout=SUMS)
     for i in range(low, high):
         k = i - low
-        mbarrier.wait(keys_ready.index(k % 2), k // 2 % 2)
+        mbarrier.wait(keys_ready.index(k % STAGES), k // STAGES % 2)
         s = hopper.warpgroup_mma(
-            q, keys.index(k % 2).permute((1, 0)), none, use_acc=False, is_async=True
+            q, keys.index(k % STAGES).permute((1, 0)), none, use_acc=False, is_async=True
         )
         s = hopper.warpgroup_mma_wait(0, deps=(s,))
         if CAP:
@@ -159,13 +161,13 @@ def consume(
         new = i >= many + own
         hidden = new & (VALID or (j + 1) * 128 > plain)
         if WINDOW or ((i + 1) * 128 > n) & (i < many + own) | hidden:
-            bound = bounds.index(k % 2).load(gl.SliceLayout(0, SCORES))
+            bound = bounds.index(k % STAGES).load(gl.SliceLayout(0, SCORES))
             if WINDOW:
                 near = bound[None, :] > position[:, None] - window
                 s = gl.where(near, s, NOTHING)
             s = gl.where(bound[None, :] <= position[:, None], s, NOTHING)
         gl.thread_barrier()
-        mbarrier.arrive(keys_free.index(k % 2), count=1)
+        mbarrier.arrive(keys_free.index(k % STAGES), count=1)
         new_m = gl.maximum(m, gl.max(s, 1))
         # Nothing seen yet: probabilities of what is hidden must be 0, not 1.
         base = gl.where(new_m > NOTHING, new_m, 0.0) * unit
@@ -176,11 +178,11 @@ def consume(
         alpha = gl.convert_layout(alpha, gl.SliceLayout(1, SUMS), assert_trivial=True)
         sums = sums * alpha[:, None]
         p = gl.convert_layout(p.to(q.dtype), PROBABILITIES)
-        mbarrier.wait(values_ready.index(k % 2), k // 2 % 2)
-        sums = hopper.warpgroup_mma(p, values.index(k % 2), sums, is_async=True)
+        mbarrier.wait(values_ready.index(k % STAGES), k // STAGES % 2)
+        sums = hopper.warpgroup_mma(p, values.index(k % STAGES), sums, is_async=True)
         sums = hopper.warpgroup_mma_wait(0, deps=(sums,))
         gl.thread_barrier()
-        mbarrier.arrive(values_free.index(k % 2), count=1)
+        mbarrier.arrive(values_free.index(k % STAGES), count=1)
 
     m = gl.convert_layout(m, gl.SliceLayout(1, SUMS), assert_trivial=True)
     total = gl.convert_layout(total, gl.SliceLayout(1, SUMS), assert_trivial=True)
