@@ -54,7 +54,7 @@ def _triton_ops(
         reason = triton.supports(spec, head_dims, dtype, device)
         if reason is not None:
             return str(reason)
-    return Ops(triton.quantize_pack, triton.decode_attention, reference.extend_attention)
+    return Ops(triton.quantize_pack, triton.decode_attention, triton.extend_attention)
 
 
 def get_ops(

@@ -6,10 +6,11 @@ import torch
 
 from kivi.kernels import triton_decode
 from kivi.kernels.triton_decode import INTERPRETED, decode_attention
+from kivi.kernels.triton_extend import extend_attention
 from kivi.kernels.triton_quantize import quantize_pack
 from kivi.spec import KVSpec
 
-__all__ = ["decode_attention", "quantize_pack", "supports"]
+__all__ = ["decode_attention", "extend_attention", "quantize_pack", "supports"]
 
 
 def supports(

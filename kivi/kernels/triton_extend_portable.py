@@ -1,0 +1,132 @@
+"""Host side of the portable kernel of extend_attention: tile shapes, and its launch."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from kivi.grids import symmetric_offset
+from kivi.kernels.triton_decode import FAST, INTERPRETED
+from kivi.kernels.triton_flash import extend
+from kivi.kernels.triton_tile_rows import LOG2E
+from kivi.kernels.triton_tiles import padded
+
+
+class Tuning(NamedTuple):
+    """How the work is divided.
+
+    `rows` of a block, `planes`: of 32 tokens in a tile, `warps` of a program, `stages` of its
+    pipeline, `resident`: programs that a multiprocessor holds at once, `registers` of a thread at
+    most (None: any).
+    """
+
+    rows: int
+    planes: int
+    warps: int
+    stages: int
+    resident: int
+    registers: int | None = None
+
+
+@cache
+def tuning(rows: int, head_dim: int, dtype: torch.dtype, bits: tuple[int, int]) -> Tuning:
+    """What fits the registers, and for 16-bit queries 99 KiB of shared memory.
+
+    Args:
+        rows: query rows of a KV head.
+        head_dim: the larger one.
+        dtype: of the queries.
+        bits: of keys and values.
+    """
+    width = padded(head_dim)
+    if dtype == torch.float32:
+        return Tuning(16, 1, 4, 1, 2)
+    block = max(16, min(128, 16384 // width, triton.next_power_of_2(rows)))
+    warps = 8 if block * width >= 16384 else 4
+    # Codes of 3 bits come from two tiles of words.
+    stages = 2 if width <= 256 and 3 not in bits else 1
+    return Tuning(block, 2 if width <= 128 else 1, warps, stages, 8 // warps)
+
+
+def launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pages: tuple[Tensor | None, ...],
+    past: tuple[Tensor | None, ...],
+    query_position: Tensor,
+    valid: Tensor | None,
+    mask: Tensor | None,
+    s_aux: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    key: tuple[int, bool, int],
+    value: tuple[int, bool, int],
+    sinks: int,
+    scale: float,
+    sliding_window: int | None,
+    softcap: float | None,
+    splits: int,
+    plan: Tuning,
+) -> None:
+    """Fill out and lse; with more than one split, they take partial results."""
+    b, hq, t, d = q.shape
+    hkv, dv = v.shape[1], v.shape[3]
+    table, exact_key = past[0], past[2]
+    slots = 0 if exact_key is None else exact_key.shape[2] - 1
+    ratio = hq // hkv
+    blocks = -(-ratio * t // plan.rows)
+    options = {} if plan.registers is None else {"maxnreg": plan.registers}
+    extend[(b * hkv * blocks * splits,)](
+        q,
+        k,
+        v,
+        *pages,
+        *past,
+        query_position,
+        valid,
+        mask,
+        s_aux,
+        out,
+        lse,
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *v.stride()[:3],
+        0 if mask is None else mask.stride(0),
+        0 if mask is None else mask.stride(2),
+        scale * LOG2E.value if softcap is None else scale * 2 * LOG2E.value / softcap,
+        (softcap or 0.0) * LOG2E.value,
+        sliding_window or 0,
+        hkv,
+        0 if table is None else table.shape[1],
+        t,
+        ratio,
+        blocks,
+        splits,
+        sinks,
+        slots - sinks,
+        D=d,
+        DV=dv,
+        K_BITS=key[0],
+        K_CHANNEL=key[1],
+        K_G=key[2],
+        K_OFFSET=symmetric_offset(key[0]) if key[0] else 0.0,
+        V_BITS=value[0],
+        V_CHANNEL=value[1],
+        V_G=value[2],
+        V_OFFSET=symmetric_offset(value[0]) if value[0] else 0.0,
+        ROWS=plan.rows,
+        PLANES=plan.planes,
+        WINDOW=sliding_window is not None,
+        CAP=softcap is not None,
+        FINAL=splits == 1,
+        FAST=FAST,
+        WIDE=INTERPRETED and q.dtype == torch.bfloat16,
+        num_warps=plan.warps,
+        num_stages=plan.stages,
+        **options,
+    )
