@@ -292,7 +292,6 @@ class Kernel:
             "FLAT": None,
         }
         for name, wanted in (
-            ("triton_gluon_steps", ("exact",)),
             ("triton_tile_hopper", ()),
             ("triton_hopper_steps", ()),
             ("triton_hopper", ()),

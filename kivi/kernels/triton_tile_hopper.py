@@ -6,7 +6,6 @@ A producer is a warp group. It writes tiles of 128 tokens, 32 at a time.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from kivi.kernels.triton_gluon_steps import exact
 from kivi.kernels.triton_tile_dense import below_mantissa, value_asm
 from kivi.kernels.triton_tile_gluon import move_down
 
@@ -92,6 +91,17 @@ def put_packed(
         z, _b = gl.broadcast(zeros[i], w)
         x = values(w, s, z, i % in_tile, bits, offset)
         target.slice(i * 32, 32).store(x.reshape([32, D]))
+
+
+@gluon.jit
+def exact(slot, tokens, packed, slots, sinks):
+    """Position of the token in an exact slot, and whether it is part of the row."""
+    ring = slots - sinks
+    newest = tokens - 1 - sinks
+    behind = (newest - (slot - sinks) + ring) % ring
+    position = gl.where(slot < sinks, slot, sinks + newest - behind)
+    seen = gl.where(slot < sinks, slot < tokens, (position >= sinks + packed) & (newest >= 0))
+    return position, seen & (slot < slots)
 
 
 @gluon.jit
