@@ -13,8 +13,8 @@ from torch import Tensor
 
 from kivi import checks, store
 from kivi.attention import Impl, get_ops
-from kivi.pages import CacheBytes, PagePool, PageTable, page_count
-from kivi.spec import KVSpec, check_choice, check_count
+from kivi.pages import CROP, CacheBytes, PagePool, PageTable, page_count, ring_pages
+from kivi.spec import PAGE_TOKENS, KVSpec, check_choice, check_count
 from kivi.view import CacheView
 
 
@@ -29,6 +29,8 @@ class LayerCache:
         value_head_dim: D of the values, default the keys'.
         max_length: tokens that a row can hold. With it all buffers are allocated at once and keep
             their addresses; without it the cache grows by pages.
+        sliding_window: the longest window that queries will have: what no query can see any more
+            is forgotten, a page at a time. None keeps all tokens.
         dtype: of keys, values and queries: float16, bfloat16 or float32.
         device: where the cache lives.
         impl: "auto", "eager", "compile" or "triton".
@@ -49,6 +51,7 @@ class LayerCache:
         value_head_dim: int | None = None,
         *,
         max_length: int | None = None,
+        sliding_window: int | None = None,
         dtype: torch.dtype = torch.float16,
         device: torch.device | str = "cpu",
         impl: Impl = "auto",
@@ -57,21 +60,24 @@ class LayerCache:
         value_head_dim = head_dim if value_head_dim is None else value_head_dim
         check_count("batch_size", batch_size, 1)
         check_count("num_kv_heads", num_kv_heads, 1)
-        if max_length is not None:
-            check_count("max_length", max_length, 1)
+        for name, count in (("max_length", max_length), ("sliding_window", sliding_window)):
+            if count is not None:
+                check_count(name, count, 1)
         check_choice("dtype", dtype, checks.DTYPES)
         spec.bits_per_element(head_dim, value_head_dim)  # raises where one does not fit
         self.spec, self.max_length, self.check_finite = spec, max_length, check_finite
+        self.sliding_window = sliding_window
         self.batch_size, self.num_kv_heads = batch_size, num_kv_heads
         self.head_dim, self.value_head_dim, self.dtype = head_dim, value_head_dim, dtype
         self.device = checks.check_device(device)
         self._ops = get_ops(impl, spec, (head_dim, value_head_dim), dtype, self.device)
-        columns = None
+        columns, ring = None, None if sliding_window is None else ring_pages(spec, sliding_window)
         if max_length is not None:
             columns = max(1, page_count(max_length - spec.sink_length - spec.residual_length))
-        count = batch_size * (columns or 0)
+            ring = None if ring is None or ring >= columns else ring
+        count = batch_size * min(columns or 0, ring or columns or 0)
         pool = PagePool(spec, num_kv_heads, head_dim, value_head_dim, dtype, self.device, count)
-        self._pages = PageTable(pool, batch_size, columns)
+        self._pages, self._ring = PageTable(pool, batch_size, columns, ring), ring
         self._table = self._pages.tensor(self.device)
         slots = spec.sink_length + store.ring_slots(spec) + 1
         shape = (batch_size, num_kv_heads, slots)
@@ -80,6 +86,7 @@ class LayerCache:
         self._length = torch.zeros(batch_size, dtype=torch.int64, device=self.device)
         self._packed = self._length.clone()
         self._host: store.Counts | None = ([0] * batch_size, [0] * batch_size)
+        self._lost = [0] * batch_size
         self._captured = False
         self._pin()
 
@@ -102,8 +109,11 @@ class LayerCache:
         return CacheBytes(pool.nbytes + own, len(pages) * pool.page_nbytes + exact + counters)
 
     def dequantize(self) -> tuple[Tensor, Tensor]:
-        """Dense keys and values `[B, Hkv, max(lengths), D]`, left-aligned, 0 past a row's end."""
-        return store.dense(self._view(), self.spec, max(self.lengths()))
+        """Dense keys and values `[B, Hkv, max(lengths), D]`, left-aligned, 0 past a row's end.
+
+        What a sliding window has forgotten is 0 as well.
+        """
+        return store.dense(self._view(), self.spec, max(self.lengths()), self._forgotten())
 
     def prefill(self, k: Tensor, v: Tensor, valid: Tensor | None = None) -> None:
         """Store a prompt in an empty cache; attention over it is the caller's, exact.
@@ -160,7 +170,7 @@ class LayerCache:
             valid: `[B, T]` bool; columns that are not valid (padding) are neither seen nor stored,
                 and what their queries return means nothing.
             mask: `[B or 1, 1, T, T]` bool in place of causal order among the new tokens.
-            sliding_window: a query sees only so many tokens, itself included.
+            sliding_window: a query sees only so many tokens, itself included; default the layer's.
             softcap: scores become `softcap * tanh(score / softcap)`.
             s_aux: `[Hq]` logits of a virtual key without a value (attention sinks of GPT-OSS).
 
@@ -168,10 +178,15 @@ class LayerCache:
             `[B, Hq, T, Dv]` in q's dtype.
 
         Raises:
-            ValueError: as `prefill`, and for a q that does not fit k.
+            ValueError: as `prefill`, for a q that does not fit k, and for a window longer than the
+                layer's.
         """
         self._check(k, v, valid)
+        own = self.sliding_window
+        sliding_window = own if sliding_window is None else sliding_window
         checks.check_query(q, k, mask, sliding_window, softcap, s_aux)
+        if own is not None and sliding_window is not None and sliding_window > own:
+            raise ValueError(f"sliding_window={sliding_window} is not allowed; at most {own}")
         b, _, t, d = k.shape
         if t == 0:
             return q.new_empty(b, q.shape[1], 0, self.value_head_dim)
@@ -212,6 +227,7 @@ class LayerCache:
         index = torch.tensor(rows, device=self.device)
         names = ("_exact_key", "_exact_value", "_length", "_packed")
         new = [getattr(self, name).index_select(0, index) for name in names]
+        lost = self._forgotten()
         self._pages.rebuild(rows, packed)
         for name, tensor in zip(names, new, strict=True):
             if len(rows) == self.batch_size:  # addresses stay
@@ -219,6 +235,7 @@ class LayerCache:
             else:
                 setattr(self, name, tensor)
         self.batch_size, self._host = len(rows), (lengths, packed)
+        self._lost = [lost[r] for r in rows]
         self._write_table()
         self._pin()
 
@@ -233,7 +250,7 @@ class LayerCache:
         for name in ("_exact_key", "_exact_value", "_length", "_packed", "_table"):
             setattr(child, name, getattr(self, name).clone())
         child._pages = self._pages.rebuild(list(range(self.batch_size)), packed, fork=True)
-        child._host = (lengths, packed)
+        child._host, child._lost = (lengths, packed), self._forgotten()
         child._write_table()
         child._pin()
         return child
@@ -248,33 +265,49 @@ class LayerCache:
             tokens: how many, 0 to the length of the shortest row.
 
         Raises:
-            ValueError: for a count outside of that.
+            ValueError: for a count outside of that, or more than 128 if a sliding window has
+                forgotten what the rows would see then.
         """
         check_count("tokens", tokens)
         lengths, packed = self._mirror()
         if tokens > min(lengths):
             raise ValueError(f"tokens={tokens} is not allowed; the rows hold {lengths} tokens")
         kept, target = store.cut(self.spec, (lengths, packed), tokens)
+        lost = self._forgotten()
+        reach = (self.sliding_window or 0) - 1 + self.spec.sink_length
+        seen = [min(max(0, n - reach), p) for n, p in zip(kept, target, strict=True)]
+        if any(a > b for a, b in zip(lost, seen, strict=True)):
+            raise ValueError(
+                f"tokens={tokens} is not allowed; sliding_window={self.sliding_window} has forgotten "
+                f"what the rows would see then ({CROP} tokens can be cropped always)"
+            )
         unit = None
         if target != packed:
             counts = torch.tensor([target, kept], device=self.device)
             due = counts[0] < self._packed
             unit = store.unpack_unit(self._view(), self.spec, counts[0], counts[1], due)
-        self._forget(kept, target)
+        self._forget(kept, target, lost)
         if unit is not None:
             store.write_exact(self._view(), self.spec, *unit)
 
     def reset(self) -> None:
         """Forget all tokens; buffers and, with `max_length`, addresses stay."""
-        self._forget([0] * self.batch_size, [0] * self.batch_size)
+        self._forget(*([0] * self.batch_size for _ in range(3)))
 
-    def _forget(self, lengths: list[int], packed: list[int]) -> None:
+    def _forget(self, lengths: list[int], packed: list[int], lost: list[int]) -> None:
         """Set the counters to what is kept; pages still to be written become the rows' own."""
         self._pages.rebuild(list(range(self.batch_size)), packed)
         self._length.copy_(torch.tensor(lengths))
         self._packed.copy_(torch.tensor(packed))
-        self._host = (list(lengths), list(packed))
+        self._host, self._lost = (list(lengths), list(packed)), lost
         self._write_table()
+
+    def _forgotten(self) -> list[int]:
+        """Packed tokens at the start of each row whose pages hold later ones by now."""
+        if self._ring is None:
+            return self._lost
+        pairs = zip(self._lost, self._mirror()[1], strict=True)
+        return [max(n, (page_count(p) - self._ring) * PAGE_TOKENS) for n, p in pairs]
 
     def _mirror(self) -> store.Counts:
         """Lengths and packed lengths on the host; from the device after steps it did not see."""
@@ -339,7 +372,8 @@ class LayerCache:
     ) -> None:
         """Store the columns; the counters, which make them count, change last."""
         fresh = valid is None and self._is_empty()
-        store.store(self._view(), self.spec, k, v, step, fresh, self._ops.quantize_pack)
+        op, ring = self._ops.quantize_pack, self._ring
+        store.store(self._view(), self.spec, k, v, step, fresh, op, ring)
         self._length.copy_(step.length)
         self._packed.copy_(step.packed)
         self._host = host

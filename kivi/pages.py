@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import copy
+import sys
 from typing import NamedTuple
 
 import torch
 
 from kivi.quantize import Pages, empty_pages
 from kivi.spec import PAGE_TOKENS, KVSpec
+
+
+CROP = 128
+"""Tokens that can always be cropped, whatever a sliding window has passed."""
 
 
 class CacheBytes(NamedTuple):
@@ -102,29 +107,52 @@ class PagePool:
 class PageTable:
     """Which pages the rows of one cache refer to.
 
+    Column c of a row is its page `c mod ring`: where a sliding window forgets, pages come round, and
+    the table's oldest columns show newer tokens, which no query looks at.
+
     Args:
         pool: where the pages live.
         batch_size: rows.
-        columns: pages that every row owns from the start, or None to take them when needed.
+        columns: width of the table, every row owning its pages from the start; None to take pages
+            when needed.
+        ring: pages that a row has at most; None for as many as there are columns.
     """
 
-    def __init__(self, pool: PagePool, batch_size: int, columns: int | None) -> None:
-        self.pool, self.columns = pool, columns
-        self.rows = [pool.take(columns or 0) for _ in range(batch_size)]
-        pool.promised += batch_size * (columns or 0)
+    def __init__(
+        self, pool: PagePool, batch_size: int, columns: int | None, ring: int | None = None
+    ) -> None:
+        self.pool, self.columns, self.ring = pool, columns, ring or sys.maxsize
+        self.owned = min(columns or 0, self.ring)
+        self.rows = [pool.take(self.owned) for _ in range(batch_size)]
+        self.opened = [columns or 0] * batch_size
+        pool.promised += batch_size * self.owned
 
     def __del__(self) -> None:
         for row in getattr(self, "rows", []):
             self.pool.drop(row)
-            self.pool.promised -= self.columns or 0
+            self.pool.promised -= self.owned
 
     def reserve(self, tokens: list[int]) -> bool:
-        """Make room for so many packed tokens in each row; whether a page was added."""
-        missing = [max(0, page_count(n) - len(r)) for n, r in zip(tokens, self.rows, strict=True)]
-        taken = self.pool.take(sum(missing))
-        for row, count in zip(self.rows, missing, strict=True):
-            row += [taken.pop(0) for _ in range(count)]
-        return any(missing)
+        """Make room for so many packed tokens in each row; whether the table changed."""
+        opened = [page_count(n) for n in tokens]
+        if self.columns is not None or opened == self.opened:
+            return False
+        references, missing = list(self.pool.references), []
+        for row, old, new in zip(self.rows, self.opened, opened, strict=True):
+            # A page that comes round may be shared by now: the others keep it.
+            round_again = {c % self.ring for c in range(max(old, new - self.ring), new)}
+            for i in range(min(new, self.ring)):
+                shared = i < len(row) and i in round_again and references[row[i]] > 1
+                if shared:
+                    references[row[i]] -= 1
+                if shared or i >= len(row):
+                    missing.append((row, i))
+        taken = self.pool.take(len(missing))
+        for (row, i), page in zip(missing, taken, strict=True):
+            self.pool.drop(row[i : i + 1])
+            row[i : i + 1] = [page]
+        self.opened = opened
+        return True
 
     def rebuild(self, sources: list[int], tokens: list[int], fork: bool = False) -> PageTable:
         """Rows that continue old rows.
@@ -142,27 +170,25 @@ class PageTable:
         """
         pool = self.pool
         # What has static addresses must never move later: room for all of it is made here.
-        promised = pool.promised + (len(sources) - (not fork) * len(self.rows)) * (
-            self.columns or 0
-        )
+        promised = pool.promised + (len(sources) - (not fork) * len(self.rows)) * self.owned
         if promised >= len(pool.references):
             pool.grow(promised + 1 - len(pool.references))
         references = list(pool.references)
         rows, wanted, claimed = [], [], set()
         for r, n in zip(sources, tokens, strict=True):
-            row = self.rows[r][: n // PAGE_TOKENS]
+            kept = self.rows[r][: self.owned or page_count(n)]
+            row = [page if self._stays(i, n) else -1 for i, page in enumerate(kept)]
             for page in row:
-                references[page] += 1
+                references[page] += page >= 0
             rows.append(row)
         for row, r, n in zip(rows, sources, tokens, strict=True):
-            for column in range(len(row), self.columns or page_count(n)):
-                page = self.rows[r][column]
+            for i in [i for i, page in enumerate(row) if page < 0]:
+                page = self.rows[r][i]
                 if not fork and references[page] == 1 and page not in claimed:
                     claimed.add(page)
-                    row.append(page)
+                    row[i] = page
                 else:
-                    wanted.append((row, len(row), page, column * PAGE_TOKENS < n))
-                    row.append(-1)
+                    wanted.append((row, i, page, i < page_count(n)))
         if not fork:
             for page in (p for row in self.rows for p in row if p not in claimed):
                 references[page] -= 1
@@ -181,15 +207,32 @@ class PageTable:
         pool.promised = promised
         table = copy.copy(self) if fork else self
         table.rows = rows
+        table.opened = [self.columns or page_count(n) for n in tokens]
         return table
+
+    def _stays(self, i: int, tokens: int) -> bool:
+        """Whether a row of so many packed tokens leaves its page i as it is."""
+        full = tokens // PAGE_TOKENS
+        if self.columns is None:  # `reserve` looks again before a page comes round
+            return tokens % PAGE_TOKENS == 0 or i != full % self.ring
+        return self.ring >= self.columns and i < full
 
     def tensor(self, device: torch.device) -> torch.Tensor:
         """`[B, n]` int64, padded with page 0."""
-        width = max(map(len, self.rows))
-        padded = [row + [0] * (width - len(row)) for row in self.rows]
+        width, pairs = max(self.opened), zip(self.rows, self.opened, strict=True)
+        padded = [[r[c % self.ring] for c in range(n)] + [0] * (width - n) for r, n in pairs]
         return torch.tensor(padded, dtype=torch.int64, device=device).view(len(self.rows), width)
 
 
 def page_count(tokens: int) -> int:
     """Pages that hold so many packed tokens."""
     return -(-tokens // PAGE_TOKENS)
+
+
+def ring_pages(spec: KVSpec, window: int) -> int:
+    """Pages in which a row finds all packed tokens that a query with this window sees.
+
+    That holds after a crop of up to `CROP` tokens as well, wherever a page begins.
+    """
+    reach = window - 1 + CROP - spec.residual_length
+    return page_count(max(0, reach - 1)) + 1

@@ -129,6 +129,7 @@ def store(
     step: Step,
     fresh: bool,
     quantize_pack: Callable[..., None],
+    ring: int | None = None,
 ) -> None:
     """Store T columns: units leave the window into pages, the new tokens enter it.
 
@@ -142,14 +143,22 @@ def store(
         step: what to do.
         fresh: the caller knows that the cache is empty and no column is padding.
         quantize_pack: the operator.
+        ring: a page is written again this many columns later; what would be lost so at once is
+            not packed at all.
     """
     t, unit, sinks = k.shape[2], spec.unit, spec.sink_length
-    units, done = step.units, 0
+    units, start, done = step.units, view.packed, 0
+    if ring is not None:
+        start = torch.maximum(start, (-(-step.packed // PAGE_TOKENS) - ring) * PAGE_TOKENS)
+        units = units if fresh else min(units, ring * PAGE_TOKENS // unit)
     if units and fresh:
-        body = [x[:, :, sinks : sinks + units * unit] for x in (k, v)]
-        done = units * unit // PAGE_TOKENS
-        if done:
-            page = view.table[:, :done].flatten()
+        skipped = 0 if ring is None else max(0, -(-units * unit // PAGE_TOKENS) - ring)
+        done = units * unit // PAGE_TOKENS - skipped
+        units -= skipped * PAGE_TOKENS // unit
+        first = sinks + skipped * PAGE_TOKENS
+        body = [x[:, :, first : first + units * unit] for x in (k, v)]
+        if done > 0:
+            page = view.table[:, skipped : skipped + done].flatten()
             for x, pages, one in zip(
                 body, (view.key, view.value), (spec.key, spec.value), strict=True
             ):
@@ -158,32 +167,37 @@ def store(
         body = [x[:, :, done * PAGE_TOKENS :] for x in body]
         units -= done * PAGE_TOKENS // unit
     elif units:
-        body = _leaving(view, spec, k, v, step)
+        body = _leaving(view, spec, k, v, step.position, start, units)
     if units:
         first = torch.arange(units, device=k.device) * unit + done * PAGE_TOKENS
-        first = view.packed[:, None] + first
+        first = start[:, None] + first
         sources = (body[0].unflatten(2, (units, unit)), body[1].unflatten(2, (units, unit)))
         pack_units(view, spec, sources, first, first < step.packed[:, None], quantize_pack)
     if t > SLACK:
         _enter(view, spec, k, v, step)
 
 
-def _columns(step: Step, rank: Tensor) -> Tensor:
-    """The column of each row's rank-th new token, `[B, n]`, in range whatever the rank."""
-    order = torch.argsort(step.position < 0, dim=1, stable=True)
+def _columns(new: Tensor, rank: Tensor) -> Tensor:
+    """The column of each row's rank-th new token, `[B, n]`, in range whatever the rank.
+
+    `new [B, T]`: the positions of the new columns, -1 for padding.
+    """
+    order = torch.argsort(new < 0, dim=1, stable=True)
     return order.gather(1, rank.clamp(0, order.shape[1] - 1))
 
 
-def _leaving(view: CacheView, spec: KVSpec, k: Tensor, v: Tensor, step: Step) -> list[Tensor]:
-    """The tokens of the next `step.units` units of each row, `[B, Hkv, units * U, D]`."""
-    index = torch.arange(step.units * spec.unit, device=k.device)
-    position = spec.sink_length + view.packed[:, None] + index
+def _leaving(
+    view: CacheView, spec: KVSpec, k: Tensor, v: Tensor, new: Tensor, start: Tensor, units: int
+) -> list[Tensor]:
+    """The tokens of units from packed token `start [B]` on, `[B, Hkv, units * U, D]`."""
+    index = torch.arange(units * spec.unit, device=k.device)
+    position = spec.sink_length + start[:, None] + index
     row = torch.arange(k.shape[0], device=k.device)[:, None]
     source = slots(spec, position)
     if k.shape[2] > SLACK:
         old = view.length[:, None]
-        new = view.exact_key.shape[2] + _columns(step, position - old)
-        source = torch.where(position < old, source, new)
+        column = view.exact_key.shape[2] + _columns(new, position - old)
+        source = torch.where(position < old, source, column)
     body = []
     for x, exact in ((k, view.exact_key), (v, view.exact_value)):
         tokens = exact if k.shape[2] <= SLACK else torch.cat([exact, x], 2)
@@ -205,7 +219,7 @@ def _enter(view: CacheView, spec: KVSpec, k: Tensor, v: Tensor, step: Step) -> N
         places.append((early, torch.where(inside, old + early, -1)))
     new = []
     for rank, position in places:
-        column = _columns(step, rank)
+        column = _columns(step.position, rank)
         new_k, new_v = (x[row, :, column].transpose(1, 2) for x in (k, v))
         new.append((new_k, new_v, position))
     # Only now: old tokens in the window give way, so nothing may fail any more.
@@ -238,12 +252,17 @@ def unpack_unit(
     return new[0], new[1], position
 
 
-def dense(view: CacheView, spec: KVSpec, tokens: int) -> tuple[Tensor, Tensor]:
-    """Keys and values `[B, Hkv, tokens, D]`, left-aligned, zero past a row's end."""
+def dense(view: CacheView, spec: KVSpec, tokens: int, lost: list[int]) -> tuple[Tensor, Tensor]:
+    """Keys and values `[B, Hkv, tokens, D]`, left-aligned, zero past a row's end.
+
+    Of each row the first `lost` packed tokens are zero as well: they were overwritten.
+    """
     sinks = spec.sink_length
     position, visible = exact_positions(view, sinks)
     index = torch.arange(view.table.shape[1] * PAGE_TOKENS, device=position.device)
     inside = index < view.packed[:, None]
+    if any(lost):
+        inside &= index >= torch.tensor(lost, device=position.device)[:, None]
     # One more slot takes all that is not part of a row.
     target = torch.cat(
         [torch.where(inside, sinks + index, tokens), torch.where(visible, position, tokens)], 1
