@@ -13,8 +13,8 @@ from torch import Tensor
 
 from kivi import checks, store
 from kivi.attention import Impl, get_ops
-from kivi.pages import CROP, CacheBytes, PagePool, PageTable, page_count, ring_pages
-from kivi.spec import PAGE_TOKENS, KVSpec, check_choice, check_count
+from kivi.pages import CacheBytes, PageTable
+from kivi.spec import KVSpec, check_choice, check_count
 from kivi.view import CacheView
 
 
@@ -70,25 +70,19 @@ class LayerCache:
         self.batch_size, self.num_kv_heads = batch_size, num_kv_heads
         self.head_dim, self.value_head_dim, self.dtype = head_dim, value_head_dim, dtype
         self.device = checks.check_device(device)
-        self._ops = get_ops(impl, spec, (head_dim, value_head_dim), dtype, self.device)
-        columns, ring = None, None if sliding_window is None else ring_pages(spec, sliding_window)
-        if max_length is not None:
-            columns = max(1, page_count(max_length - spec.sink_length - spec.residual_length))
-            ring = None if ring is None or ring >= columns else ring
-        count = batch_size * min(columns or 0, ring or columns or 0)
-        pool = PagePool(spec, num_kv_heads, head_dim, value_head_dim, dtype, self.device, count)
-        self._pages, self._ring = PageTable(pool, batch_size, columns, ring), ring
-        self._table = self._pages.tensor(self.device)
-        slots = spec.sink_length + store.ring_slots(spec) + 1
-        shape = (batch_size, num_kv_heads, slots)
-        self._exact_key = torch.zeros(*shape, head_dim, dtype=dtype, device=self.device)
-        self._exact_value = torch.zeros(*shape, value_head_dim, dtype=dtype, device=self.device)
+        dims = (head_dim, value_head_dim)
+        self._ops = get_ops(impl, spec, dims, dtype, self.device)
+        shape = (batch_size, num_kv_heads, dims)
+        self._pages = PageTable(spec, *shape, dtype, self.device, max_length, sliding_window)
+        self._table = torch.zeros(batch_size, 0, dtype=torch.int64, device=self.device)
+        slots = (batch_size, num_kv_heads, spec.sink_length + store.ring_slots(spec) + 1)
+        self._exact_key = torch.zeros(*slots, head_dim, dtype=dtype, device=self.device)
+        self._exact_value = torch.zeros(*slots, value_head_dim, dtype=dtype, device=self.device)
         self._length = torch.zeros(batch_size, dtype=torch.int64, device=self.device)
         self._packed = self._length.clone()
         self._host: store.Counts | None = ([0] * batch_size, [0] * batch_size)
-        self._lost = [0] * batch_size
         self._captured = False
-        self._pin()
+        self._write_table()
 
     def lengths(self) -> list[int]:
         """Tokens held by each row (reads the device after compiled steps)."""
@@ -101,19 +95,19 @@ class LayerCache:
     def nbytes(self) -> CacheBytes:
         """Bytes allocated and in use."""
         lengths, packed = self._mirror()
-        pool, rows = self._pages.pool, zip(self._pages.rows, packed, strict=True)
-        pages = {page for row, n in rows for page in row[: page_count(n)]}
         exact = (sum(lengths) - sum(packed)) * sum(t[0, :, 0].nbytes for t in self._view()[4:6])
         counters = self._table.nbytes + self._length.nbytes + self._packed.nbytes
         own = sum(tensor.nbytes for tensor in self._view()[2:])
-        return CacheBytes(pool.nbytes + own, len(pages) * pool.page_nbytes + exact + counters)
+        used = self._pages.used_nbytes(packed) + exact + counters
+        return CacheBytes(self._pages.pool.nbytes + own, used)
 
     def dequantize(self) -> tuple[Tensor, Tensor]:
         """Dense keys and values `[B, Hkv, max(lengths), D]`, left-aligned, 0 past a row's end.
 
         What a sliding window has forgotten is 0 as well.
         """
-        return store.dense(self._view(), self.spec, max(self.lengths()), self._forgotten())
+        lengths, packed = self._mirror()
+        return store.dense(self._view(), self.spec, max(lengths), self._pages.forgotten(packed))
 
     def prefill(self, k: Tensor, v: Tensor, valid: Tensor | None = None) -> None:
         """Store a prompt in an empty cache; attention over it is the caller's, exact.
@@ -182,11 +176,8 @@ class LayerCache:
                 layer's.
         """
         self._check(k, v, valid)
-        own = self.sliding_window
-        sliding_window = own if sliding_window is None else sliding_window
-        checks.check_query(q, k, mask, sliding_window, softcap, s_aux)
-        if own is not None and sliding_window is not None and sliding_window > own:
-            raise ValueError(f"sliding_window={sliding_window} is not allowed; at most {own}")
+        sliding_window = checks.check_window(sliding_window, self.sliding_window)
+        checks.check_query(q, k, mask, softcap, s_aux)
         b, _, t, d = k.shape
         if t == 0:
             return q.new_empty(b, q.shape[1], 0, self.value_head_dim)
@@ -220,24 +211,19 @@ class LayerCache:
         Raises:
             ValueError: if an index is not a row.
         """
-        rows = indices.tolist() if isinstance(indices, Tensor) else list(indices)
-        if not rows or any(type(r) is not int or not 0 <= r < self.batch_size for r in rows):
-            raise ValueError(f"indices={rows} is not allowed; rows are 0 to {self.batch_size - 1}")
+        rows = checks.check_rows(indices, self.batch_size)
         lengths, packed = ([counts[r] for r in rows] for counts in self._mirror())
         index = torch.tensor(rows, device=self.device)
         names = ("_exact_key", "_exact_value", "_length", "_packed")
         new = [getattr(self, name).index_select(0, index) for name in names]
-        lost = self._forgotten()
-        self._pages.rebuild(rows, packed)
+        self._pages.rebuild(self._mirror()[1], rows, packed)
         for name, tensor in zip(names, new, strict=True):
             if len(rows) == self.batch_size:  # addresses stay
                 getattr(self, name).copy_(tensor)
             else:
                 setattr(self, name, tensor)
         self.batch_size, self._host = len(rows), (lengths, packed)
-        self._lost = [lost[r] for r in rows]
         self._write_table()
-        self._pin()
 
     @torch.inference_mode(False)
     def fork(self) -> LayerCache:
@@ -249,10 +235,9 @@ class LayerCache:
         child, (lengths, packed) = copy.copy(self), map(list, self._mirror())
         for name in ("_exact_key", "_exact_value", "_length", "_packed", "_table"):
             setattr(child, name, getattr(self, name).clone())
-        child._pages = self._pages.rebuild(list(range(self.batch_size)), packed, fork=True)
-        child._host, child._lost = (lengths, packed), self._forgotten()
+        child._pages = self._pages.rebuild(packed, list(range(self.batch_size)), packed, fork=True)
+        child._host = (lengths, packed)
         child._write_table()
-        child._pin()
         return child
 
     def crop(self, tokens: int) -> None:
@@ -268,46 +253,32 @@ class LayerCache:
             ValueError: for a count outside of that, or more than 128 if a sliding window has
                 forgotten what the rows would see then.
         """
-        check_count("tokens", tokens)
-        lengths, packed = self._mirror()
-        if tokens > min(lengths):
-            raise ValueError(f"tokens={tokens} is not allowed; the rows hold {lengths} tokens")
-        kept, target = store.cut(self.spec, (lengths, packed), tokens)
-        lost = self._forgotten()
-        reach = (self.sliding_window or 0) - 1 + self.spec.sink_length
-        seen = [min(max(0, n - reach), p) for n, p in zip(kept, target, strict=True)]
-        if any(a > b for a, b in zip(lost, seen, strict=True)):
-            raise ValueError(
-                f"tokens={tokens} is not allowed; sliding_window={self.sliding_window} has forgotten "
-                f"what the rows would see then ({CROP} tokens can be cropped always)"
-            )
-        unit = None
-        if target != packed:
+        (kept, target), unit = self.check_crop(tokens), None
+        if target != self._mirror()[1]:
             counts = torch.tensor([target, kept], device=self.device)
             due = counts[0] < self._packed
             unit = store.unpack_unit(self._view(), self.spec, counts[0], counts[1], due)
-        self._forget(kept, target, lost)
+        self._forget(kept, target)
         if unit is not None:
             store.write_exact(self._view(), self.spec, *unit)
 
+    def check_crop(self, tokens: int) -> store.Counts:
+        """What `crop` raises, and the counts after it; nothing changes."""
+        counts = self._mirror()
+        forgotten = self._pages.forgotten(counts[1])
+        return store.cut(self.spec, counts, tokens, self.sliding_window, forgotten)
+
     def reset(self) -> None:
         """Forget all tokens; buffers and, with `max_length`, addresses stay."""
-        self._forget(*([0] * self.batch_size for _ in range(3)))
+        self._forget([0] * self.batch_size, [0] * self.batch_size)
 
-    def _forget(self, lengths: list[int], packed: list[int], lost: list[int]) -> None:
+    def _forget(self, lengths: list[int], packed: list[int]) -> None:
         """Set the counters to what is kept; pages still to be written become the rows' own."""
-        self._pages.rebuild(list(range(self.batch_size)), packed)
+        self._pages.rebuild(self._mirror()[1], list(range(self.batch_size)), packed)
         self._length.copy_(torch.tensor(lengths))
         self._packed.copy_(torch.tensor(packed))
-        self._host, self._lost = (list(lengths), list(packed)), lost
+        self._host = (list(lengths), list(packed))
         self._write_table()
-
-    def _forgotten(self) -> list[int]:
-        """Packed tokens at the start of each row whose pages hold later ones by now."""
-        if self._ring is None:
-            return self._lost
-        pairs = zip(self._lost, self._mirror()[1], strict=True)
-        return [max(n, (page_count(p) - self._ring) * PAGE_TOKENS) for n, p in pairs]
 
     def _mirror(self) -> store.Counts:
         """Lengths and packed lengths on the host; from the device after steps it did not see."""
@@ -323,18 +294,16 @@ class LayerCache:
         pool, exact = self._pages.pool, (self._exact_key, self._exact_value)
         return CacheView(pool.key, pool.value, self._table, self._packed, *exact, self._length)
 
-    def _pin(self) -> None:
-        """With a max_length, tell torch.compile that the tensors stay where they are."""
-        for tensor in store.tensors(self._view()) if self.max_length is not None else ():
-            torch._dynamo.mark_static_address(tensor)
-
     @torch.inference_mode(False)
     def _write_table(self) -> None:
+        """Write the block table; with a max_length, tell torch.compile that tensors stay put."""
         table = self._pages.tensor(self.device)
         if table.shape == self._table.shape:
             self._table.copy_(table)
         else:
             self._table = table
+        for tensor in store.tensors(self._view()) if self.max_length is not None else ():
+            torch._dynamo.mark_static_address(tensor)
 
     def _check(self, k: Tensor, v: Tensor, valid: Tensor | None) -> None:
         checks.check_new_tokens(k, v, valid, (self._exact_key, self._exact_value))
@@ -372,7 +341,7 @@ class LayerCache:
     ) -> None:
         """Store the columns; the counters, which make them count, change last."""
         fresh = valid is None and self._is_empty()
-        op, ring = self._ops.quantize_pack, self._ring
+        op, ring = self._ops.quantize_pack, self._pages.ring if self._pages.rounds else None
         store.store(self._view(), self.spec, k, v, step, fresh, op, ring)
         self._length.copy_(step.length)
         self._packed.copy_(step.packed)

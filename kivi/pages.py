@@ -11,7 +11,6 @@ import torch
 from kivi.quantize import Pages, empty_pages
 from kivi.spec import PAGE_TOKENS, KVSpec
 
-
 CROP = 128
 """Tokens that can always be cropped, whatever a sliding window has passed."""
 
@@ -107,25 +106,45 @@ class PagePool:
 class PageTable:
     """Which pages the rows of one cache refer to.
 
-    Column c of a row is its page `c mod ring`: where a sliding window forgets, pages come round, and
-    the table's oldest columns show newer tokens, which no query looks at.
+    Column c of a row is its page `c mod ring`: under a sliding window pages come round, and the
+    table's oldest columns show newer tokens, which no query looks at.
 
     Args:
-        pool: where the pages live.
+        spec: how the layer is packed.
         batch_size: rows.
-        columns: width of the table, every row owning its pages from the start; None to take pages
-            when needed.
-        ring: pages that a row has at most; None for as many as there are columns.
+        num_kv_heads: Hkv.
+        head_dims: D of the keys and of the values.
+        dtype: the model's dtype.
+        device: where the pages live.
+        max_length: tokens of a row, for which every row owns its pages from the start; None to
+            take pages when needed.
+        window: the longest window that queries have; None to keep all tokens.
     """
 
     def __init__(
-        self, pool: PagePool, batch_size: int, columns: int | None, ring: int | None = None
+        self,
+        spec: KVSpec,
+        batch_size: int,
+        num_kv_heads: int,
+        head_dims: tuple[int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+        max_length: int | None,
+        window: int | None,
     ) -> None:
-        self.pool, self.columns, self.ring = pool, columns, ring or sys.maxsize
-        self.owned = min(columns or 0, self.ring)
-        self.rows = [pool.take(self.owned) for _ in range(batch_size)]
-        self.opened = [columns or 0] * batch_size
-        pool.promised += batch_size * self.owned
+        self.columns, ring = None, None if window is None else ring_pages(spec, window)
+        if max_length is not None:
+            exact = spec.sink_length + spec.residual_length
+            self.columns = max(1, page_count(max_length - exact))
+            ring = None if ring is None or ring >= self.columns else ring
+        self.rounds = ring is not None
+        self.ring = ring or sys.maxsize
+        self.owned = min(self.columns or 0, self.ring)
+        count = batch_size * self.owned
+        self.pool = PagePool(spec, num_kv_heads, *head_dims, dtype, device, count)
+        self.rows = [self.pool.take(self.owned) for _ in range(batch_size)]
+        self.opened, self.lost = [self.columns or 0] * batch_size, [0] * batch_size
+        self.pool.promised += count
 
     def __del__(self) -> None:
         for row in getattr(self, "rows", []):
@@ -154,13 +173,27 @@ class PageTable:
         self.opened = opened
         return True
 
-    def rebuild(self, sources: list[int], tokens: list[int], fork: bool = False) -> PageTable:
+    def forgotten(self, packed: list[int]) -> list[int]:
+        """Tokens at the start of rows with so many packed ones whose pages hold later ones now."""
+        pairs = zip(self.lost, packed, strict=True)
+        return [max(n, (page_count(p) - self.ring) * PAGE_TOKENS) for n, p in pairs]
+
+    def used_nbytes(self, packed: list[int]) -> int:
+        """Bytes of the pages that rows with so many packed tokens refer to."""
+        rows = zip(self.rows, packed, strict=True)
+        pages = {page for row, n in rows for page in row[: page_count(n)]}
+        return len(pages) * self.pool.page_nbytes
+
+    def rebuild(
+        self, packed: list[int], sources: list[int], tokens: list[int], fork: bool = False
+    ) -> PageTable:
         """Rows that continue old rows.
 
         Full pages are shared. A page that will still be written is kept by one row that owned it
         alone, and copied for the others.
 
         Args:
+            packed: packed tokens of the old rows.
             sources: the old row that each new row continues.
             tokens: packed tokens that each new row keeps of it.
             fork: keep the old rows too, and return the new ones in a table of their own.
@@ -173,6 +206,7 @@ class PageTable:
         promised = pool.promised + (len(sources) - (not fork) * len(self.rows)) * self.owned
         if promised >= len(pool.references):
             pool.grow(promised + 1 - len(pool.references))
+        lost = [self.forgotten(packed)[r] if n else 0 for r, n in zip(sources, tokens, strict=True)]
         references = list(pool.references)
         rows, wanted, claimed = [], [], set()
         for r, n in zip(sources, tokens, strict=True):
@@ -208,6 +242,7 @@ class PageTable:
         table = copy.copy(self) if fork else self
         table.rows = rows
         table.opened = [self.columns or page_count(n) for n in tokens]
+        table.lost = lost
         return table
 
     def _stays(self, i: int, tokens: int) -> bool:
@@ -215,7 +250,7 @@ class PageTable:
         full = tokens // PAGE_TOKENS
         if self.columns is None:  # `reserve` looks again before a page comes round
             return tokens % PAGE_TOKENS == 0 or i != full % self.ring
-        return self.ring >= self.columns and i < full
+        return not self.rounds and i < full
 
     def tensor(self, device: torch.device) -> torch.Tensor:
         """`[B, n]` int64, padded with page 0."""

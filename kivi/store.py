@@ -10,7 +10,8 @@ from torch import Tensor
 
 from kivi.kernels.reference import exact_positions, gather_pages
 from kivi.packing import units_per_tile
-from kivi.spec import PAGE_TOKENS, TILE_ROWS, KVSpec
+from kivi.pages import CROP
+from kivi.spec import PAGE_TOKENS, TILE_ROWS, KVSpec, check_count
 from kivi.view import CacheView
 
 SLACK = TILE_ROWS
@@ -69,11 +70,35 @@ def plan_on_host(spec: KVSpec, counts: Counts, new: list[int]) -> tuple[Counts, 
     return (lengths, packed), max(units)
 
 
-def cut(spec: KVSpec, counts: Counts, tokens: int) -> Counts:
-    """The counts after dropping the last tokens; a packed unit is kept whole or not at all."""
+def cut(
+    spec: KVSpec, counts: Counts, tokens: int, window: int | None, forgotten: list[int]
+) -> Counts:
+    """The counts after dropping the last tokens; a packed unit is kept whole or not at all.
+
+    Args:
+        spec: how the layer is packed.
+        counts: the counts before.
+        tokens: how many are dropped.
+        window: of the layer's queries.
+        forgotten: packed tokens at the start of each row that are gone.
+
+    Raises:
+        ValueError: for more tokens than a row has, or if the next query would see forgotten ones.
+    """
+    check_count("tokens", tokens)
+    if tokens > min(counts[0]):
+        raise ValueError(f"tokens={tokens} is not allowed; the rows hold {counts[0]} tokens")
     lengths = [n - tokens for n in counts[0]]
     whole = [max(0, n - spec.sink_length) // spec.unit * spec.unit for n in lengths]
-    return lengths, [min(pair) for pair in zip(whole, counts[1], strict=True)]
+    packed = [min(pair) for pair in zip(whole, counts[1], strict=True)]
+    for length, last, lost in zip(lengths, packed, forgotten, strict=True):
+        first = length + 1 - (window or length) - spec.sink_length
+        if lost > max(0, min(first, last)):
+            raise ValueError(
+                f"tokens={tokens} is not allowed; sliding_window={window} has forgotten what the "
+                f"rows would see then (up to {CROP} tokens can always be cropped)"
+            )
+    return lengths, packed
 
 
 def tensors(view: CacheView) -> list[Tensor]:
@@ -155,8 +180,8 @@ def store(
         skipped = 0 if ring is None else max(0, -(-units * unit // PAGE_TOKENS) - ring)
         done = units * unit // PAGE_TOKENS - skipped
         units -= skipped * PAGE_TOKENS // unit
-        first = sinks + skipped * PAGE_TOKENS
-        body = [x[:, :, first : first + units * unit] for x in (k, v)]
+        begin = sinks + skipped * PAGE_TOKENS
+        body = [x[:, :, begin : begin + units * unit] for x in (k, v)]
         if done > 0:
             page = view.table[:, skipped : skipped + done].flatten()
             for x, pages, one in zip(

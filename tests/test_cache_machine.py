@@ -188,7 +188,10 @@ class CacheMachine(RuleBasedStateMachine):
         for i, row in enumerate(pair.rows):
             seen = valid[i].numpy()
             allowed = allowed_keys(
-                len(row.keys), seen, window or self.keeps, None if mask is None else mask[i, 0].numpy()
+                len(row.keys),
+                seen,
+                window or self.keeps,
+                None if mask is None else mask[i, 0].numpy(),
             )
             both = [
                 np.concatenate([array(torch.stack(held, 1)), array(x[i])], 1)
