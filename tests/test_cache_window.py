@@ -56,10 +56,10 @@ def test_bytes_do_not_grow_with_the_context(max_length: int | None) -> None:
     # Two rows of two pages; the rest is counters and tokens in sinks and exact window.
     pool, exact = layer._pages.pool, layer._exact_key[0, :, 0].nbytes * 2
     for _, used in sizes:
-        assert 2 * 35 * exact < used - 4 * pool.page_nbytes < 2 * (35 + 32) * exact + 100
+        assert 2 * 35 * exact <= used - 4 * pool.page_nbytes < 2 * (35 + 32) * exact + 100
     full = new(max_length=max_length)
     full.append(*tokens(full, 5401))
-    assert full.nbytes().allocated > 4 * layer.nbytes().allocated
+    assert full.nbytes().allocated > 3 * layer.nbytes().allocated
 
 
 def test_a_prompt_packs_only_what_stays(monkeypatch: pytest.MonkeyPatch) -> None:
