@@ -1,21 +1,21 @@
 """transformers: a Cache whose layers are packed, and the attention that reads them.
 
 `KVCache.update` hands the model handles (`kivi.hf_handles`) in place of dense keys and values. The
-attention function registered here knows them and attends over the packed pages;
+attention function of `kivi.hf_attention` knows them and attends over the packed pages;
 `F.scaled_dot_product_attention` called on handles does the same, and any other use of them
 dequantizes. Padding is taken from the attention mask and never stored.
 """
 
 from __future__ import annotations
 
+import copy
 import operator
-import sys
 import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, DynamicCache, PreTrainedModel, StaticCache
+from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
@@ -23,19 +23,17 @@ from transformers.cache_utils import (
     DynamicSlidingWindowLayer,
     get_layer_types_and_kwargs,
 )
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from kivi.attention import Impl, get_ops
 from kivi.cache import LayerCache
-from kivi.hf_handles import CachedStates, Columns
+from kivi.hf_attention import ATTENTION
+from kivi.hf_handles import Columns
 from kivi.hf_masks import Shared
 from kivi.hf_schemes import Schemes, layer_schemes
 from kivi.pages import CacheBytes
 from kivi.spec import KVSpec, check_count
 
-ATTENTION = str(__package__)
-"""Name under which the attention and mask functions are registered: the package's."""
+__all__ = ["ATTENTION", "KVCache", "PackedLayer"]
 
 
 class PackedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
@@ -43,7 +41,8 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     Args:
         spec: how the layer is packed.
-        sliding_window: the layer's attention window, None for full attention.
+        sliding_window: the layer's attention window, None for full attention. What no query sees
+            any more is forgotten, a page at a time.
         max_length: static size, or None.
         impl: see `kivi.cache.LayerCache`.
         check_finite: see `kivi.cache.LayerCache`.
@@ -51,7 +50,7 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """
 
     is_croppable = True
-    is_sliding = False  # all tokens are kept; the window is the attention's matter
+    is_sliding = False  # masks have all columns; what the window passed is the cache's matter
     columns: Columns
 
     def __init__(
@@ -86,6 +85,7 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             d,
             value_states.shape[3],
             max_length=self.max_length,
+            sliding_window=self.sliding_window,
             # Under autocast keys and values may come in two dtypes, and attention casts both.
             dtype=torch.get_autocast_dtype(kind) if autocast else key_states.dtype,
             device=key_states.device,
@@ -126,16 +126,32 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """Drop the last `-tokens_to_remove` columns. What was packed stays quantized.
 
         Raises:
-            ValueError: for a positive number, as transformers, more columns than a row has tokens,
-                or if there is padding among them.
+            ValueError: see `check_crop`.
         """
-        tokens_to_remove = int(tokens_to_remove)  # older releases give a tensor
-        if tokens_to_remove > 0:
-            raise ValueError(
-                f"tokens_to_remove={tokens_to_remove} is not allowed; it must be 0 or negative"
-            )
+        self.check_crop(tokens_to_remove)
         if self.is_initialized and tokens_to_remove:
             self.columns.crop(-int(tokens_to_remove))  # generate counts in tensors
+
+    def check_crop(self, tokens_to_remove: int | Tensor) -> None:
+        """Raise a ValueError where `crop` would.
+
+        That is for a positive number, as transformers, for more columns than a row has tokens, if
+        there is padding among them, or if a sliding window has forgotten what comes back into it.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(
+                f"tokens_to_remove={int(tokens_to_remove)} is not allowed; it must be 0 or negative"
+            )
+        if self.is_initialized and tokens_to_remove:
+            self.columns.check_crop(-int(tokens_to_remove))
+
+    def fork(self, shared: Shared) -> PackedLayer:
+        """A layer that goes on from here on its own."""
+        forked = copy.copy(self)
+        forked.shared = shared
+        if self.is_initialized:
+            forked.columns = self.columns.fork(shared)
+        return forked
 
     def reorder_cache(self, beam_idx: Tensor | list[int]) -> None:
         """Row i continues row `beam_idx[i]`; full pages are shared."""
@@ -246,6 +262,24 @@ class KVCache(Cache):
         for layer in layers:
             layer.reorder_cache(rows if isinstance(layer, PackedLayer) else beam_idx)
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the last `-tokens_to_remove` columns of every layer, or of none if one refuses."""
+        for layer in self.packed_layers:
+            layer.check_crop(tokens_to_remove)
+        super().crop(tokens_to_remove)
+
+    def fork(self) -> KVCache:
+        """A cache that goes on from here on its own: a prompt's full pages are stored once for all.
+
+        See `kivi.cache.LayerCache.fork` for caches with a `max_length`.
+        """
+        forked, shared, layers = copy.copy(self), Shared(), list[Any](self.layers)
+        forked.layers = [
+            layer.fork(shared) if isinstance(layer, PackedLayer) else copy.deepcopy(layer)
+            for layer in layers
+        ]
+        return forked
+
     def prefill_from(self, cache: Cache) -> None:
         """Store the exact keys and values of another cache, e.g. one shared by many schemes.
 
@@ -275,73 +309,3 @@ class KVCache(Cache):
                 layer.columns.advance(tokens)
             elif isinstance(layer, CacheLayerMixin):
                 layer.update(source.keys, source.values)
-
-
-def attention_forward(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    is_causal: bool | None = None,
-    position_bias: Tensor | None = None,
-    sinks: Tensor | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """The attention interface of transformers. Returns `[B, T, Hq, Dv]` and no weights."""
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    plain = position_bias is None and sinks is None
-    update = CachedStates.common(key, value)
-    if update is not None and plain and not dropout:
-        out = update.attend(
-            query,
-            attention_mask,
-            scaling,
-            causal=causal,
-            window=sliding_window,
-            softcap=softcap,
-            s_aux=s_aux,
-        )
-        if out is not None:
-            return out.transpose(1, 2).contiguous(), None
-    reason = f"{type(module).__name__} (its mask, dropout, bias or shared keys)"
-    key, value = CachedStates.dense(key, reason), CachedStates.dense(value, reason)
-    if softcap is None and s_aux is None and sinks is None:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout, scaling, causal, position_bias
-        )
-    # What SDPA cannot do the model's own function can; it wants its mask as numbers to add.
-    if attention_mask is None and causal and query.shape[2] > 1:
-        shape = (query.shape[2], key.shape[2])
-        attention_mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril()[None, None]
-    if attention_mask is not None and attention_mask.dtype == torch.bool:
-        least = torch.finfo(query.dtype).min
-        attention_mask = torch.where(attention_mask, 0.0, least).to(query.dtype)
-    sources = (sys.modules[cls.__module__] for cls in type(module).__mro__)
-    eager = next(
-        m.eager_attention_forward for m in sources if hasattr(m, "eager_attention_forward")
-    )
-    out, _ = eager(
-        module,
-        query,
-        key,
-        value,
-        attention_mask,
-        scaling=scaling,
-        dropout=dropout,
-        softcap=softcap,
-        s_aux=s_aux,
-        sinks=sinks,
-        position_bias=position_bias,
-        is_causal=causal,
-    )
-    return out, None
-
-
-AttentionInterface.register(ATTENTION, attention_forward)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)
