@@ -181,11 +181,30 @@ class PageTable:
         pairs = zip(self.lost, packed, strict=True)
         return [max(n, (page_count(p) - self.ring) * PAGE_TOKENS) for n, p in pairs]
 
+    def used(self, packed: list[int]) -> tuple[list[int], list[list[int]]]:
+        """The pages of rows with so many packed tokens, each once, and each row in places of it."""
+        rows = [row[: page_count(n)] for row, n in zip(self.rows, packed, strict=True)]
+        pages = sorted({page for row in rows for page in row})
+        place = {page: i for i, page in enumerate(pages)}
+        return pages, [[place[page] for page in row] for row in rows]
+
     def used_nbytes(self, packed: list[int]) -> int:
         """Bytes of the pages that rows with so many packed tokens refer to."""
-        rows = zip(self.rows, packed, strict=True)
-        pages = {page for row, n in rows for page in row[: page_count(n)]}
-        return len(pages) * self.pool.page_nbytes
+        return len(self.used(packed)[0]) * self.pool.page_nbytes
+
+    def refill(self, rows: list[list[int]], packed: list[int], lost: list[int]) -> None:
+        """Give the rows of an empty table pages: what `used` said, and `forgotten`.
+
+        A row that owns its pages has the first of them filled; else pages are shared as they were.
+        """
+        if self.columns is None:
+            count = 1 + max((i for row in rows for i in row), default=-1)
+            taken = self.pool.take(count)
+            self.rows = [[taken[i] for i in row] for row in rows]
+            for page in taken:
+                self.pool.references[page] = sum(row.count(page) for row in self.rows)
+            self.opened = [page_count(n) for n in packed]
+        self.lost = list(lost)
 
     def rebuild(
         self, packed: list[int], sources: list[int], tokens: list[int], fork: bool = False
