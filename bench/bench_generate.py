@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import gc
 import json
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -168,10 +169,10 @@ def merge(out: Path | None, rows: list[Row]) -> None:
     if out is None:
         return
     record = json.loads(out.read_text()) if out.exists() else {"rows": []}
-    key = ("model", "layers", "batch", "context", "new", "cache", "cap GB", "environment")
+    key = ("model", "layers", "batch", "context", "new", "cache", "cap GB")
 
     def case(row: Row) -> str:
-        return json.dumps([row.get(name) for name in key])
+        return json.dumps([row["environment"]["device"], *(row.get(name) for name in key)])
 
     held = {case(row): row for row in record["rows"]} | {case(row): row for row in rows}
     out.write_text(json.dumps({"rows": list(held.values())}, indent=1) + "\n")
@@ -187,6 +188,7 @@ def run_cases(
         raise typer.BadParameter(f"{unknown or model_name}: choose from {CACHES} and {[*MODELS]}")
     cap(cap_gb)
     model, where = new_model(model_name, layers), environment()
+    where["command"] += " " + " ".join(sys.argv[1:])
     for name in names:
         failed: list[tuple[int, int]] = []
         for batch, context, new in cases:

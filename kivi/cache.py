@@ -184,7 +184,7 @@ class LayerCache:
         scale = d**-0.5 if scale is None else scale
         step, host = self._step(t, valid)
         query = step.position.clamp_min(0)
-        options = (sliding_window, softcap, s_aux)
+        options = (store.needed(sliding_window, host, self.max_length), softcap, s_aux)
         view = self._view()
         if t <= store.SLACK:
             store.write_exact(view, self.spec, k, v, step.position)

@@ -70,6 +70,18 @@ def plan_on_host(spec: KVSpec, counts: Counts, new: list[int]) -> tuple[Counts, 
     return (lengths, packed), max(units)
 
 
+def needed(window: int | None, counts: Counts | None, max_length: int | None) -> int | None:
+    """The window of queries, or None where no row reaches out of it: kernels need not look then.
+
+    Args:
+        window: the window.
+        counts: after the step, None if the host does not know them.
+        max_length: the most that a row can hold.
+    """
+    longest = max_length if counts is None else max(counts[0])
+    return None if window is None or longest is None or longest <= window else window
+
+
 def cut(
     spec: KVSpec, counts: Counts, tokens: int, window: int | None, forgotten: list[int]
 ) -> Counts:
