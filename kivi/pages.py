@@ -169,7 +169,11 @@ class PageTable:
         taken = self.pool.take(len(missing))
         # Until the step has attended, the page's old tokens are still looked at.
         pairs = [(r[i], p) for (r, i), p in zip(missing, taken, strict=True) if i < len(r)]
-        self.pool.copy([a for a, _ in pairs], [b for _, b in pairs])
+        try:
+            self.pool.copy([a for a, _ in pairs], [b for _, b in pairs])
+        except BaseException:
+            self.pool.drop(taken)
+            raise
         for (row, i), page in zip(missing, taken, strict=True):
             self.pool.drop(row[i : i + 1])
             row[i : i + 1] = [page]

@@ -60,10 +60,21 @@ def plan(view: CacheView, spec: KVSpec, t: int, valid: Tensor | None, units: int
     return Step(position, length, view.packed + leaving, units)
 
 
-def plan_on_host(spec: KVSpec, counts: Counts, new: list[int]) -> tuple[Counts, int]:
-    """The counts after so many new tokens in each row, and the most units that leave a row."""
+def plan_on_host(
+    spec: KVSpec, counts: Counts, new: list[int], max_length: int | None
+) -> tuple[Counts, int]:
+    """The counts after so many new tokens in each row, and the most units that leave a row.
+
+    Raises:
+        ValueError: for a row of more than `max_length` tokens.
+    """
     window = spec.sink_length + spec.residual_length
     lengths = [n + t for n, t in zip(counts[0], new, strict=True)]
+    if max_length is not None and max(lengths) > max_length:
+        raise ValueError(
+            f"k has {max(new)} more tokens, which makes rows of {lengths} tokens; "
+            f"max_length={max_length}"
+        )
     pairs = zip(lengths, counts[1], strict=True)
     units = [max(0, n - p - window) // spec.unit for n, p in pairs]
     packed = [p + u * spec.unit for p, u in zip(counts[1], units, strict=True)]
@@ -106,6 +117,10 @@ def cut(
     for length, last, lost in zip(lengths, packed, forgotten, strict=True):
         first = length + 1 - (window or length) - spec.sink_length
         if lost > max(0, min(first, last)):
+            if tokens == 0:
+                raise ValueError(
+                    f"a step that failed has overwritten tokens in the window of {window}; reset()"
+                )
             raise ValueError(
                 f"tokens={tokens} is not allowed; sliding_window={window} has forgotten what the "
                 f"rows would see then (up to {CROP} tokens can always be cropped)"

@@ -116,7 +116,7 @@ def test_shared_pages_come_round(max_length: int | None) -> None:
     if max_length is None:
         shared = pages(layer)
         assert shared <= 4 + 4  # full pages of two rows, and pages that are still written
-    for seed, t in enumerate((1, 600, 1, 900)):
+    for seed, t in enumerate((1, 96, 1, 600, 1, 900)):
         for i, (mine, theirs) in enumerate(pairs):
             expected = decode(theirs, t, seed + 10 * i, sliding_window=WINDOW)
             assert same(decode(mine, t, seed + 10 * i), expected)
