@@ -317,7 +317,8 @@ class LayerCache:
         host, units = None, (t - 1) // self.spec.unit + 1
         if not checks.tracing():
             counts = [t] * self.batch_size if valid is None else valid.sum(1).tolist()
-            self.check_crop(0)  # raises if a step that failed has overwritten what is still seen
+            if self._pages.rounds:  # a step that failed may have overwritten what is still seen
+                self.check_crop(0)
             host, units = store.plan_on_host(self.spec, self._mirror(), counts, self.max_length)
             if self._pages.reserve(host[1]):
                 self._write_table()
@@ -337,7 +338,7 @@ class LayerCache:
     ) -> None:
         """Store the columns; the counters, which make them count, change last."""
         fresh = valid is None and self._is_empty()
-        if host is not None:  # should packing fail, what it has overwritten is known to be gone
+        if host is not None and self._pages.rounds:  # should packing fail, this much is gone
             self._pages.lost = self._pages.forgotten(host[1])
         op, ring = self._ops.quantize_pack, self._pages.ring if self._pages.rounds else None
         store.store(self._view(), self.spec, k, v, step, fresh, op, ring)

@@ -40,7 +40,8 @@ class KVCache(Cache):
     """A quantized cache for `model(...)` and `model.generate(..., past_key_values=cache)`.
 
     Making one sets the model's attention to `ATTENTION`, which serves other caches as transformers'
-    own attention does.
+    own attention does. Layers with a sliding window keep that window; what their queries cannot see
+    any more is forgotten. Layers of other kinds keep transformers' own cache, with a warning.
 
     Args:
         model: a decoder model of transformers.
