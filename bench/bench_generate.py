@@ -273,6 +273,9 @@ def plot(record: Path, picture: Path, along: str = "context") -> None:
             points = [(row[along], row[what] or row["cache GiB"]) for row in one]  # CPU: no peak
             axes.plot(*zip(*points, strict=True), marker="o", label=name)
         axes.set(xscale="log", yscale="log", xlabel=f"{along} ({other} {fixed})", ylabel=what)
+        ticks = sorted({row[along] for row in rows})
+        axes.set_xticks(ticks, [f"{n // 1024}K" if n % 1024 == 0 else str(n) for n in ticks])
+        axes.minorticks_off()
         axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.suptitle(f"{rows[0]['model']}, {rows[0]['environment']['device']}", fontsize=10)
