@@ -158,3 +158,21 @@ def test_compiled_steps_go_round() -> None:
     for a, b in zip(layer.dequantize(), eager.dequantize(), strict=True):
         assert same(a, b)
     assert pages(layer) == 4
+
+
+@pytest.mark.parametrize("max_length", [None, 4000])
+def test_a_window_that_hides_nothing_is_not_asked_for(max_length: int | None) -> None:
+    """Kernels without a window are faster, and some have none."""
+    asked = []
+    layer = new(max_length=max_length, sliding_window=WINDOW)
+    op = layer._ops.decode_attention
+
+    def decode_attention(q, view, spec, position, scale, sliding_window, *rest):
+        asked.append(sliding_window)
+        return op(q, view, spec, position, scale, sliding_window, *rest)
+
+    layer._ops = layer._ops._replace(decode_attention=decode_attention)
+    layer.append(*tokens(layer, WINDOW - 2))
+    for seed in range(3):
+        decode(layer, 1, seed)
+    assert asked == [None, None, WINDOW]
