@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kivi import checks, store
 from kivi.attention import Impl, get_ops
-from kivi.pages import CacheBytes, PagePool, PageTable, page_count
+from kivi.pages import CacheBytes, PageTable
 from kivi.spec import KVSpec, check_choice, check_count
 from kivi.view import CacheView
 
@@ -29,6 +29,8 @@ class LayerCache:
         value_head_dim: D of the values, default the keys'.
         max_length: tokens that a row can hold. With it all buffers are allocated at once and keep
             their addresses; without it the cache grows by pages.
+        sliding_window: the longest window that queries will have: what no query can see any more
+            is forgotten, a page at a time. None keeps all tokens.
         dtype: of keys, values and queries: float16, bfloat16 or float32.
         device: where the cache lives.
         impl: "auto", "eager", "compile" or "triton".
@@ -49,6 +51,7 @@ class LayerCache:
         value_head_dim: int | None = None,
         *,
         max_length: int | None = None,
+        sliding_window: int | None = None,
         dtype: torch.dtype = torch.float16,
         device: torch.device | str = "cpu",
         impl: Impl = "auto",
@@ -57,31 +60,29 @@ class LayerCache:
         value_head_dim = head_dim if value_head_dim is None else value_head_dim
         check_count("batch_size", batch_size, 1)
         check_count("num_kv_heads", num_kv_heads, 1)
-        if max_length is not None:
-            check_count("max_length", max_length, 1)
+        for name, count in (("max_length", max_length), ("sliding_window", sliding_window)):
+            if count is not None:
+                check_count(name, count, 1)
         check_choice("dtype", dtype, checks.DTYPES)
         spec.bits_per_element(head_dim, value_head_dim)  # raises where one does not fit
         self.spec, self.max_length, self.check_finite = spec, max_length, check_finite
+        self.sliding_window = sliding_window
         self.batch_size, self.num_kv_heads = batch_size, num_kv_heads
         self.head_dim, self.value_head_dim, self.dtype = head_dim, value_head_dim, dtype
         self.device = checks.check_device(device)
-        self._ops = get_ops(impl, spec, (head_dim, value_head_dim), dtype, self.device)
-        columns = None
-        if max_length is not None:
-            columns = max(1, page_count(max_length - spec.sink_length - spec.residual_length))
-        count = batch_size * (columns or 0)
-        pool = PagePool(spec, num_kv_heads, head_dim, value_head_dim, dtype, self.device, count)
-        self._pages = PageTable(pool, batch_size, columns)
-        self._table = self._pages.tensor(self.device)
-        slots = spec.sink_length + store.ring_slots(spec) + 1
-        shape = (batch_size, num_kv_heads, slots)
-        self._exact_key = torch.zeros(*shape, head_dim, dtype=dtype, device=self.device)
-        self._exact_value = torch.zeros(*shape, value_head_dim, dtype=dtype, device=self.device)
+        dims = (head_dim, value_head_dim)
+        self._ops = get_ops(impl, spec, dims, dtype, self.device)
+        shape = (batch_size, num_kv_heads, dims)
+        self._pages = PageTable(spec, *shape, dtype, self.device, max_length, sliding_window)
+        self._table = torch.zeros(batch_size, 0, dtype=torch.int64, device=self.device)
+        slots = (batch_size, num_kv_heads, spec.sink_length + store.ring_slots(spec) + 1)
+        self._exact_key = torch.zeros(*slots, head_dim, dtype=dtype, device=self.device)
+        self._exact_value = torch.zeros(*slots, value_head_dim, dtype=dtype, device=self.device)
         self._length = torch.zeros(batch_size, dtype=torch.int64, device=self.device)
         self._packed = self._length.clone()
         self._host: store.Counts | None = ([0] * batch_size, [0] * batch_size)
         self._captured = False
-        self._pin()
+        self._write_table()
 
     def lengths(self) -> list[int]:
         """Tokens held by each row (reads the device after compiled steps)."""
@@ -94,16 +95,19 @@ class LayerCache:
     def nbytes(self) -> CacheBytes:
         """Bytes allocated and in use."""
         lengths, packed = self._mirror()
-        pool, rows = self._pages.pool, zip(self._pages.rows, packed, strict=True)
-        pages = {page for row, n in rows for page in row[: page_count(n)]}
         exact = (sum(lengths) - sum(packed)) * sum(t[0, :, 0].nbytes for t in self._view()[4:6])
         counters = self._table.nbytes + self._length.nbytes + self._packed.nbytes
         own = sum(tensor.nbytes for tensor in self._view()[2:])
-        return CacheBytes(pool.nbytes + own, len(pages) * pool.page_nbytes + exact + counters)
+        used = self._pages.used_nbytes(packed) + exact + counters
+        return CacheBytes(self._pages.pool.nbytes + own, used)
 
     def dequantize(self) -> tuple[Tensor, Tensor]:
-        """Dense keys and values `[B, Hkv, max(lengths), D]`, left-aligned, 0 past a row's end."""
-        return store.dense(self._view(), self.spec, max(self.lengths()))
+        """Dense keys and values `[B, Hkv, max(lengths), D]`, left-aligned, 0 past a row's end.
+
+        What a sliding window has forgotten is 0 as well.
+        """
+        lengths, packed = self._mirror()
+        return store.dense(self._view(), self.spec, max(lengths), self._pages.forgotten(packed))
 
     def prefill(self, k: Tensor, v: Tensor, valid: Tensor | None = None) -> None:
         """Store a prompt in an empty cache; attention over it is the caller's, exact.
@@ -160,7 +164,7 @@ class LayerCache:
             valid: `[B, T]` bool; columns that are not valid (padding) are neither seen nor stored,
                 and what their queries return means nothing.
             mask: `[B or 1, 1, T, T]` bool in place of causal order among the new tokens.
-            sliding_window: a query sees only so many tokens, itself included.
+            sliding_window: a query sees only so many tokens, itself included; default the layer's.
             softcap: scores become `softcap * tanh(score / softcap)`.
             s_aux: `[Hq]` logits of a virtual key without a value (attention sinks of GPT-OSS).
 
@@ -168,17 +172,19 @@ class LayerCache:
             `[B, Hq, T, Dv]` in q's dtype.
 
         Raises:
-            ValueError: as `prefill`, and for a q that does not fit k.
+            ValueError: as `prefill`, for a q that does not fit k, and for a window longer than the
+                layer's.
         """
         self._check(k, v, valid)
-        checks.check_query(q, k, mask, sliding_window, softcap, s_aux)
+        sliding_window = checks.check_window(sliding_window, self.sliding_window)
+        checks.check_query(q, k, mask, softcap, s_aux)
         b, _, t, d = k.shape
         if t == 0:
             return q.new_empty(b, q.shape[1], 0, self.value_head_dim)
         scale = d**-0.5 if scale is None else scale
         step, host = self._step(t, valid)
         query = step.position if valid is None else step.position.clamp_min(0)
-        options = (sliding_window, softcap, s_aux)
+        options = (store.needed(sliding_window, host, self.max_length), softcap, s_aux)
         view = self._view()
         if t <= store.SLACK:
             store.write_exact(view, self.spec, k, v, step.position)
@@ -205,14 +211,12 @@ class LayerCache:
         Raises:
             ValueError: if an index is not a row.
         """
-        rows = indices.tolist() if isinstance(indices, Tensor) else list(indices)
-        if not rows or any(type(r) is not int or not 0 <= r < self.batch_size for r in rows):
-            raise ValueError(f"indices={rows} is not allowed; rows are 0 to {self.batch_size - 1}")
+        rows = checks.check_rows(indices, self.batch_size)
         lengths, packed = ([counts[r] for r in rows] for counts in self._mirror())
         index = torch.tensor(rows, device=self.device)
         names = ("_exact_key", "_exact_value", "_length", "_packed")
         new = [getattr(self, name).index_select(0, index) for name in names]
-        self._pages.rebuild(rows, packed)
+        self._pages.rebuild(self._mirror()[1], rows, packed)
         for name, tensor in zip(names, new, strict=True):
             if len(rows) == self.batch_size:  # addresses stay
                 getattr(self, name).copy_(tensor)
@@ -220,7 +224,6 @@ class LayerCache:
                 setattr(self, name, tensor)
         self.batch_size, self._host = len(rows), (lengths, packed)
         self._write_table()
-        self._pin()
 
     @torch.inference_mode(False)
     def fork(self) -> LayerCache:
@@ -232,10 +235,9 @@ class LayerCache:
         child, (lengths, packed) = copy.copy(self), map(list, self._mirror())
         for name in ("_exact_key", "_exact_value", "_length", "_packed", "_table"):
             setattr(child, name, getattr(self, name).clone())
-        child._pages = self._pages.rebuild(list(range(self.batch_size)), packed, fork=True)
+        child._pages = self._pages.rebuild(packed, list(range(self.batch_size)), packed, fork=True)
         child._host = (lengths, packed)
         child._write_table()
-        child._pin()
         return child
 
     def crop(self, tokens: int) -> None:
@@ -248,15 +250,11 @@ class LayerCache:
             tokens: how many, 0 to the length of the shortest row.
 
         Raises:
-            ValueError: for a count outside of that.
+            ValueError: for a count outside of that, or more than 128 if a sliding window has
+                forgotten what the rows would see then.
         """
-        check_count("tokens", tokens)
-        lengths, packed = self._mirror()
-        if tokens > min(lengths):
-            raise ValueError(f"tokens={tokens} is not allowed; the rows hold {lengths} tokens")
-        kept, target = store.cut(self.spec, (lengths, packed), tokens)
-        unit = None
-        if target != packed:
+        (kept, target), unit = self.check_crop(tokens), None
+        if target != self._mirror()[1]:
             counts = torch.tensor([target, kept], device=self.device)
             due = counts[0] < self._packed
             unit = store.unpack_unit(self._view(), self.spec, counts[0], counts[1], due)
@@ -264,13 +262,19 @@ class LayerCache:
         if unit is not None:
             store.write_exact(self._view(), self.spec, *unit)
 
+    def check_crop(self, tokens: int) -> store.Counts:
+        """What `crop` raises, and the counts after it; nothing changes."""
+        counts = self._mirror()
+        forgotten = self._pages.forgotten(counts[1])
+        return store.cut(self.spec, counts, tokens, self.sliding_window, forgotten)
+
     def reset(self) -> None:
         """Forget all tokens; buffers and, with `max_length`, addresses stay."""
         self._forget([0] * self.batch_size, [0] * self.batch_size)
 
     def _forget(self, lengths: list[int], packed: list[int]) -> None:
         """Set the counters to what is kept; pages still to be written become the rows' own."""
-        self._pages.rebuild(list(range(self.batch_size)), packed)
+        self._pages.rebuild(self._mirror()[1], list(range(self.batch_size)), packed)
         self._length.copy_(torch.tensor(lengths))
         self._packed.copy_(torch.tensor(packed))
         self._host = (list(lengths), list(packed))
@@ -290,18 +294,16 @@ class LayerCache:
         pool, exact = self._pages.pool, (self._exact_key, self._exact_value)
         return CacheView(pool.key, pool.value, self._table, self._packed, *exact, self._length)
 
-    def _pin(self) -> None:
-        """With a max_length, tell torch.compile that the tensors stay where they are."""
-        for tensor in store.tensors(self._view()) if self.max_length is not None else ():
-            torch._dynamo.mark_static_address(tensor)
-
     @torch.inference_mode(False)
     def _write_table(self) -> None:
+        """Write the block table; with a max_length, tell torch.compile that tensors stay put."""
         table = self._pages.tensor(self.device)
         if table.shape == self._table.shape:
             self._table.copy_(table)
         else:
             self._table = table
+        for tensor in store.tensors(self._view()) if self.max_length is not None else ():
+            torch._dynamo.mark_static_address(tensor)
 
     def _check(self, k: Tensor, v: Tensor, valid: Tensor | None) -> None:
         checks.check_new_tokens(k, v, valid, (self._exact_key, self._exact_value))
@@ -315,12 +317,9 @@ class LayerCache:
         host, units = None, (t - 1) // self.spec.unit + 1
         if not checks.tracing():
             counts = [t] * self.batch_size if valid is None else valid.sum(1).tolist()
-            host, units = store.plan_on_host(self.spec, self._mirror(), counts)
-            if self.max_length is not None and max(host[0]) > self.max_length:
-                raise ValueError(
-                    f"k has {t} more tokens, which makes rows of {host[0]} tokens; "
-                    f"max_length={self.max_length}"
-                )
+            if self._pages.rounds:  # a step that failed may have overwritten what is still seen
+                self.check_crop(0)
+            host, units = store.plan_on_host(self.spec, self._mirror(), counts, self.max_length)
             if self._pages.reserve(host[1]):
                 self._write_table()
         step = store.plan(self._view(), self.spec, t, valid, units)
@@ -339,7 +338,10 @@ class LayerCache:
     ) -> None:
         """Store the columns; the counters, which make them count, change last."""
         fresh = valid is None and self._is_empty()
-        store.store(self._view(), self.spec, k, v, step, fresh, self._ops.quantize_pack)
+        if host is not None and self._pages.rounds:  # should packing fail, this much is gone
+            self._pages.lost = self._pages.forgotten(host[1])
+        op, ring = self._ops.quantize_pack, self._pages.ring if self._pages.rounds else None
+        store.store(self._view(), self.spec, k, v, step, fresh, op, ring)
         self._length.copy_(step.length)
         if step.units:
             self._packed.copy_(step.packed)

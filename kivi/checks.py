@@ -84,13 +84,10 @@ def check_query(
     q: Tensor,
     k: Tensor,
     mask: Tensor | None,
-    sliding_window: int | None,
     softcap: float | None,
     s_aux: Tensor | None,
 ) -> None:
     """Raise a ValueError unless queries `[B, Hq, T, D]` and what goes with them fit keys."""
-    if sliding_window is not None:
-        check_count("sliding_window", sliding_window, 1)
     if softcap is not None and not (isinstance(softcap, int | float) and softcap > 0):
         raise ValueError(f"softcap={softcap!r} is not allowed; it must be a positive number")
     b, hkv, t, d = k.shape
@@ -109,6 +106,26 @@ def check_query(
         raise ValueError(
             f"s_aux {_describe(s_aux)}; it must be ({heads},), one of {DTYPES} and {k.device}"
         )
+
+
+def check_window(sliding_window: int | None, longest: int | None) -> int | None:
+    """The window of queries, by default the longest; a ValueError for one longer than that."""
+    if sliding_window is None:
+        return longest
+    check_count("sliding_window", sliding_window, 1)
+    if longest is not None and sliding_window > longest:
+        raise ValueError(
+            f"sliding_window={sliding_window} is not allowed; this layer keeps {longest} tokens"
+        )
+    return sliding_window
+
+
+def check_rows(indices: Tensor | list[int], batch_size: int) -> list[int]:
+    """Numbers of rows as a list; a ValueError unless all of them are rows, and there are some."""
+    rows = indices.tolist() if isinstance(indices, Tensor) else list(indices)
+    if not rows or any(type(r) is not int or not 0 <= r < batch_size for r in rows):
+        raise ValueError(f"indices={rows} is not allowed; rows are 0 to {batch_size - 1}")
+    return rows
 
 
 def tracing() -> bool:

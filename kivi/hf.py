@@ -1,21 +1,21 @@
 """transformers: a Cache whose layers are packed, and the attention that reads them.
 
 `KVCache.update` hands the model handles (`kivi.hf_handles`) in place of dense keys and values. The
-attention function registered here knows them and attends over the packed pages;
+attention function of `kivi.hf_attention` knows them and attends over the packed pages;
 `F.scaled_dot_product_attention` called on handles does the same, and any other use of them
 dequantizes. Padding is taken from the attention mask and never stored.
 """
 
 from __future__ import annotations
 
+import copy
 import operator
-import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
-from transformers import AttentionInterface, DynamicCache, PreTrainedModel, StaticCache
+from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
@@ -23,144 +23,25 @@ from transformers.cache_utils import (
     DynamicSlidingWindowLayer,
     get_layer_types_and_kwargs,
 )
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from kivi.attention import Impl, get_ops
-from kivi.cache import LayerCache
-from kivi.hf_handles import CachedStates, Columns
+from kivi import hf_save
+from kivi.attention import Impl
+from kivi.hf_attention import ATTENTION
+from kivi.hf_layer import PackedLayer
 from kivi.hf_masks import Shared
 from kivi.hf_schemes import Schemes, layer_schemes
 from kivi.pages import CacheBytes
-from kivi.spec import KVSpec, check_count
+from kivi.spec import check_count
 
-ATTENTION = str(__package__)
-"""Name under which the attention and mask functions are registered: the package's."""
-
-
-class PackedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """One layer of a `KVCache`; its LayerCache is made from the first keys and values.
-
-    Args:
-        spec: how the layer is packed.
-        sliding_window: the layer's attention window, None for full attention.
-        max_length: static size, or None.
-        impl: see `kivi.cache.LayerCache`.
-        check_finite: see `kivi.cache.LayerCache`.
-        shared: what the layers of a cache share.
-    """
-
-    is_croppable = True
-    is_sliding = False  # all tokens are kept; the window is the attention's matter
-    columns: Columns
-
-    def __init__(
-        self,
-        spec: KVSpec,
-        sliding_window: int | None,
-        max_length: int | None,
-        impl: Impl,
-        check_finite: bool,
-        shared: Shared,
-    ) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        get_ops(impl, spec)  # refuses before anything is allocated
-        self.spec, self.sliding_window, self.max_length = spec, sliding_window, max_length
-        self.impl, self.check_finite, self.shared = impl, check_finite, shared
-        self.is_compileable = max_length is not None and not check_finite
-
-    @property
-    def cache(self) -> LayerCache:
-        """The tokens, packed."""
-        return self.columns.cache
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocate for tensors like these `[B, Hkv, T, D]`."""
-        b, h, _, d = key_states.shape
-        kind = key_states.device.type
-        autocast = torch.is_autocast_enabled(kind)
-        cache = LayerCache(
-            self.spec,
-            b,
-            h,
-            d,
-            value_states.shape[3],
-            max_length=self.max_length,
-            # Under autocast keys and values may come in two dtypes, and attention casts both.
-            dtype=torch.get_autocast_dtype(kind) if autocast else key_states.dtype,
-            device=key_states.device,
-            impl=self.impl,
-            check_finite=self.check_finite,
-        )
-        self.columns = Columns(cache, self.sliding_window, self.shared)
-        self.is_initialized = True
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **_: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Take new keys and values `[B, Hkv, T, D]`; returns handles of all of them."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        return self.columns.handles(key_states, value_states)
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Columns and offset of the masks."""
-        if self.is_initialized:
-            return self.columns.total(query_length), 0
-        return self.max_length or query_length, 0
-
-    def get_seq_length(self) -> int | Tensor:  # type: ignore[override]
-        """Columns seen; a tensor if static, as transformers' StaticLayer."""
-        return self.columns.seen if self.is_initialized else 0
-
-    def get_max_length(self) -> int:
-        """Static size, or -1."""
-        return -1 if self.max_length is None else self.max_length
-
-    def reset(self) -> None:
-        """Forget all tokens; memory and addresses stay."""
-        if self.is_initialized:
-            self.columns.reset()
-
-    def crop(self, tokens_to_remove: int | Tensor) -> None:
-        """Drop the last `-tokens_to_remove` columns. What was packed stays quantized.
-
-        Raises:
-            ValueError: for a positive number, as transformers, more columns than a row has tokens,
-                or if there is padding among them.
-        """
-        tokens_to_remove = int(tokens_to_remove)  # older releases give a tensor
-        if tokens_to_remove > 0:
-            raise ValueError(
-                f"tokens_to_remove={tokens_to_remove} is not allowed; it must be 0 or negative"
-            )
-        if self.is_initialized and tokens_to_remove:
-            self.columns.crop(-int(tokens_to_remove))  # generate counts in tensors
-
-    def reorder_cache(self, beam_idx: Tensor | list[int]) -> None:
-        """Row i continues row `beam_idx[i]`; full pages are shared."""
-        self.batch_select_indices(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row `repeats` times."""
-        if self.is_initialized:
-            rows = range(self.cache.batch_size)
-            self.columns.select([row for row in rows for _ in range(repeats)])
-
-    def batch_select_indices(self, indices: Tensor | list[int]) -> None:
-        """Keep the rows `indices`, numbers or one bool for each row."""
-        if self.is_initialized:
-            if isinstance(indices, Tensor):
-                numbers = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices
-                indices = numbers.tolist()
-            self.columns.select(indices)
+__all__ = ["ATTENTION", "KVCache", "PackedLayer"]
 
 
 class KVCache(Cache):
     """A quantized cache for `model(...)` and `model.generate(..., past_key_values=cache)`.
 
     Making one sets the model's attention to `ATTENTION`, which serves other caches as transformers'
-    own attention does.
+    own attention does. Layers with a sliding window keep that window; what their queries cannot see
+    any more is forgotten. Layers of other kinds keep transformers' own cache, with a warning.
 
     Args:
         model: a decoder model of transformers.
@@ -197,6 +78,8 @@ class KVCache(Cache):
         types, _ = get_layer_types_and_kwargs(config)
         kinds = DynamicCache(config=config).layers
         self.schemes = layer_schemes(scheme, len(kinds), options)
+        self.max_length, self.check_finite = max_length, check_finite
+        self._model = hf_save.comparable(model.config)
         shared, foreign, layers = Shared(), set(), list[Any]()
         for i, kind in enumerate(kinds):
             packs = type(kind) in (DynamicLayer, DynamicSlidingWindowLayer)
@@ -246,6 +129,62 @@ class KVCache(Cache):
         for layer in layers:
             layer.reorder_cache(rows if isinstance(layer, PackedLayer) else beam_idx)
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the last `-tokens_to_remove` columns of every layer, or of none if one refuses."""
+        for layer in self.packed_layers:
+            layer.check_crop(tokens_to_remove)
+        super().crop(tokens_to_remove)
+
+    def fork(self) -> KVCache:
+        """A cache that goes on from here on its own: a prompt's full pages are stored once for all.
+
+        See `kivi.cache.LayerCache.fork` for caches with a `max_length`.
+        """
+        forked, shared, layers = copy.copy(self), Shared(), list[Any](self.layers)
+        forked.layers = [
+            layer.fork(shared) if isinstance(layer, PackedLayer) else copy.deepcopy(layer)
+            for layer in layers
+        ]
+        return forked
+
+    def save(self, path: str | Path) -> None:
+        """Write the cache to a safetensors file; pages that rows share are written once.
+
+        Raises:
+            ValueError: if there are layers that keep transformers' own cache, or schemes with
+                options that JSON cannot write.
+            OSError: if the file cannot be written.
+        """
+        kinds = {type(layer).__name__ for layer in self.layers}
+        if kinds - {"PackedLayer", "DummyLayer"}:
+            raise ValueError(f"layers of kinds {sorted(kinds)} cannot be saved, only PackedLayer")
+        layers = [getattr(layer, "columns", None) for layer in self.layers]
+        saved = (self._model, self.schemes, self.max_length, self.check_finite, layers)
+        hf_save.save(path, hf_save.Saved(*saved))
+
+    @classmethod
+    def load(cls, path: str | Path, model: PreTrainedModel, *, impl: Impl = "auto") -> KVCache:
+        """A cache that `save` wrote, on the model's device.
+
+        Args:
+            path: the file.
+            model: the model that filled the cache (its shape is compared, not its weights).
+            impl: see `KVCache`.
+
+        Raises:
+            ValueError: for a file that is damaged, truncated, of another kind, version or model,
+                or if a scheme is missing here or has become another one.
+            OSError: if there is no file that can be read.
+        """
+        saved = hf_save.load(path, hf_save.comparable(model.config), device=model.device, impl=impl)
+        length, finite = saved.max_length, saved.check_finite
+        cache = cls(model, saved.schemes, max_length=length, impl=impl, check_finite=finite)
+        for layer, columns in zip(cache.layers, saved.layers, strict=True):
+            if isinstance(layer, PackedLayer) and columns is not None:
+                layer.columns, layer.is_initialized = columns, True
+                columns.shared = layer.shared
+        return cache
+
     def prefill_from(self, cache: Cache) -> None:
         """Store the exact keys and values of another cache, e.g. one shared by many schemes.
 
@@ -275,73 +214,3 @@ class KVCache(Cache):
                 layer.columns.advance(tokens)
             elif isinstance(layer, CacheLayerMixin):
                 layer.update(source.keys, source.values)
-
-
-def attention_forward(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    is_causal: bool | None = None,
-    position_bias: Tensor | None = None,
-    sinks: Tensor | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """The attention interface of transformers. Returns `[B, T, Hq, Dv]` and no weights."""
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    plain = position_bias is None and sinks is None
-    update = CachedStates.common(key, value)
-    if update is not None and plain and not dropout:
-        out = update.attend(
-            query,
-            attention_mask,
-            scaling,
-            causal=causal,
-            window=sliding_window,
-            softcap=softcap,
-            s_aux=s_aux,
-        )
-        if out is not None:
-            return out.transpose(1, 2).contiguous(), None
-    reason = f"{type(module).__name__} (its mask, dropout, bias or shared keys)"
-    key, value = CachedStates.dense(key, reason), CachedStates.dense(value, reason)
-    if softcap is None and s_aux is None and sinks is None:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout, scaling, causal, position_bias
-        )
-    # What SDPA cannot do the model's own function can; it wants its mask as numbers to add.
-    if attention_mask is None and causal and query.shape[2] > 1:
-        shape = (query.shape[2], key.shape[2])
-        attention_mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril()[None, None]
-    if attention_mask is not None and attention_mask.dtype == torch.bool:
-        least = torch.finfo(query.dtype).min
-        attention_mask = torch.where(attention_mask, 0.0, least).to(query.dtype)
-    sources = (sys.modules[cls.__module__] for cls in type(module).__mro__)
-    eager = next(
-        m.eager_attention_forward for m in sources if hasattr(m, "eager_attention_forward")
-    )
-    out, _ = eager(
-        module,
-        query,
-        key,
-        value,
-        attention_mask,
-        scaling=scaling,
-        dropout=dropout,
-        softcap=softcap,
-        s_aux=s_aux,
-        sinks=sinks,
-        position_bias=position_bias,
-        is_causal=causal,
-    )
-    return out, None
-
-
-AttentionInterface.register(ATTENTION, attention_forward)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)

@@ -70,7 +70,10 @@ class Columns:
             self.seen += t
 
     def dense(self, update: Update) -> tuple[Tensor, Tensor]:
-        """All keys and values `[B, Hkv, N, D]` in their columns; those of `update` are exact."""
+        """All keys and values `[B, Hkv, N, D]` in their columns; those of `update` are exact.
+
+        What the layer's window has forgotten is 0: no mask of such a layer shows it.
+        """
         t = update.k.shape[2]
         before = int(self.seen) - t * update.stored
         total = self.total(0 if update.stored else t)
@@ -91,15 +94,16 @@ class Columns:
             both.append(dense)
         return both[0], both[1]
 
-    def crop(self, columns: int) -> None:
-        """Drop the last columns. What was packed stays quantized.
-
-        Raises:
-            ValueError: for more columns than a row has tokens, or if there is padding among them.
-        """
+    def check_crop(self, columns: int) -> None:
+        """Raise a ValueError where `crop` would."""
         kept = int(self.seen) - columns
         if not all(bool(v[:, max(0, kept - first) :].all()) for first, v in self.padding):
             raise ValueError(f"the last {columns} columns hold padding, which cannot be cropped")
+        self.cache.check_crop(columns)
+
+    def crop(self, columns: int) -> None:
+        """Drop the last columns, which `check_crop` allows. What was packed stays quantized."""
+        kept = int(self.seen) - columns
         self.cache.crop(columns)
         self.advance(-columns)
         self.padding = [(first, v[:, : kept - first]) for first, v in self.padding if first < kept]
@@ -108,6 +112,13 @@ class Columns:
         """Continue the rows `rows`; full pages are shared."""
         self.cache.select(rows)
         self.padding = [(first, valid[rows]) for first, valid in self.padding]
+
+    def fork(self, shared: Shared) -> Columns:
+        """Columns that go on from here on their own; full pages are shared."""
+        forked = Columns(self.cache.fork(), self.window, shared)
+        forked.advance(int(self.seen))
+        forked.padding = list(self.padding)
+        return forked
 
     def reset(self) -> None:
         """Forget all tokens; memory and addresses stay."""
@@ -149,7 +160,7 @@ class Update:
                 single query sees all, and several see as `causal` says.
             scale: factor of the scores, default `D ** -0.5`.
             causal: whether queries see only what is before them, where there is no mask.
-            window: a query sees only so many tokens; default what the mask says.
+            window: a query sees only so many tokens; default the layer's.
             softcap: see `kivi.cache.LayerCache.decode`.
             s_aux: see `kivi.cache.LayerCache.decode`.
 
@@ -162,8 +173,7 @@ class Update:
         columns, t = self.columns, self.k.shape[2]
         if self.stored or q.shape[2] != t or (mask is None and t > 1 and not causal):
             return None
-        if window is None and mask is not None:
-            window = columns.window
+        window = columns.window if window is None else window
         reading = columns.shared.read(mask, columns.cache, columns.seen, t, window)
         if reading is None:
             return None

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import sys
 from typing import NamedTuple
 
 import torch
 
 from kivi.quantize import Pages, empty_pages
 from kivi.spec import PAGE_TOKENS, KVSpec
+
+CROP = 128
+"""Tokens that can always be cropped, whatever a sliding window has passed."""
 
 
 class CacheBytes(NamedTuple):
@@ -102,37 +106,120 @@ class PagePool:
 class PageTable:
     """Which pages the rows of one cache refer to.
 
+    Column c of a row is its page `c mod ring`: under a sliding window pages come round, and the
+    table's oldest columns show newer tokens, which no query looks at.
+
     Args:
-        pool: where the pages live.
+        spec: how the layer is packed.
         batch_size: rows.
-        columns: pages that every row owns from the start, or None to take them when needed.
+        num_kv_heads: Hkv.
+        head_dims: D of the keys and of the values.
+        dtype: the model's dtype.
+        device: where the pages live.
+        max_length: tokens of a row, for which every row owns its pages from the start; None to
+            take pages when needed.
+        window: the longest window that queries have; None to keep all tokens.
     """
 
-    def __init__(self, pool: PagePool, batch_size: int, columns: int | None) -> None:
-        self.pool, self.columns = pool, columns
-        self.rows = [pool.take(columns or 0) for _ in range(batch_size)]
-        pool.promised += batch_size * (columns or 0)
+    def __init__(
+        self,
+        spec: KVSpec,
+        batch_size: int,
+        num_kv_heads: int,
+        head_dims: tuple[int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+        max_length: int | None,
+        window: int | None,
+    ) -> None:
+        self.columns, ring = None, None if window is None else ring_pages(spec, window)
+        if max_length is not None:
+            exact = spec.sink_length + spec.residual_length
+            self.columns = max(1, page_count(max_length - exact))
+            ring = None if ring is None or ring >= self.columns else ring
+        self.rounds = ring is not None
+        self.ring = ring or sys.maxsize
+        self.owned = min(self.columns or 0, self.ring)
+        count = batch_size * self.owned
+        self.pool = PagePool(spec, num_kv_heads, *head_dims, dtype, device, count)
+        self.rows = [self.pool.take(self.owned) for _ in range(batch_size)]
+        self.opened, self.lost = [self.columns or 0] * batch_size, [0] * batch_size
+        self.pool.promised += count
 
     def __del__(self) -> None:
         for row in getattr(self, "rows", []):
             self.pool.drop(row)
-            self.pool.promised -= self.columns or 0
+            self.pool.promised -= self.owned
 
     def reserve(self, tokens: list[int]) -> bool:
-        """Make room for so many packed tokens in each row; whether a page was added."""
-        missing = [max(0, page_count(n) - len(r)) for n, r in zip(tokens, self.rows, strict=True)]
-        taken = self.pool.take(sum(missing))
-        for row, count in zip(self.rows, missing, strict=True):
-            row += [taken.pop(0) for _ in range(count)]
-        return any(missing)
+        """Make room for so many packed tokens in each row; whether the table changed."""
+        opened = [page_count(n) for n in tokens]
+        if self.columns is not None or opened == self.opened:
+            return False
+        references, missing = list(self.pool.references), []
+        for row, old, new in zip(self.rows, self.opened, opened, strict=True):
+            # A page that comes round may be shared by now: the others keep it.
+            round_again = {c % self.ring for c in range(max(old, new - self.ring), new)}
+            for i in range(min(new, self.ring)):
+                shared = i < len(row) and i in round_again and references[row[i]] > 1
+                if shared:
+                    references[row[i]] -= 1
+                if shared or i >= len(row):
+                    missing.append((row, i))
+        taken = self.pool.take(len(missing))
+        # Until the step has attended, the page's old tokens are still looked at.
+        pairs = [(r[i], p) for (r, i), p in zip(missing, taken, strict=True) if i < len(r)]
+        try:
+            self.pool.copy([a for a, _ in pairs], [b for _, b in pairs])
+        except BaseException:
+            self.pool.drop(taken)
+            raise
+        for (row, i), page in zip(missing, taken, strict=True):
+            self.pool.drop(row[i : i + 1])
+            row[i : i + 1] = [page]
+        self.opened = opened
+        return True
 
-    def rebuild(self, sources: list[int], tokens: list[int], fork: bool = False) -> PageTable:
+    def forgotten(self, packed: list[int]) -> list[int]:
+        """Tokens at the start of rows with so many packed ones whose pages hold later ones now."""
+        pairs = zip(self.lost, packed, strict=True)
+        return [max(n, (page_count(p) - self.ring) * PAGE_TOKENS) for n, p in pairs]
+
+    def used(self, packed: list[int]) -> tuple[list[int], list[list[int]]]:
+        """The pages of rows with so many packed tokens, each once, and each row in places of it."""
+        rows = [row[: page_count(n)] for row, n in zip(self.rows, packed, strict=True)]
+        pages = sorted({page for row in rows for page in row})
+        place = {page: i for i, page in enumerate(pages)}
+        return pages, [[place[page] for page in row] for row in rows]
+
+    def used_nbytes(self, packed: list[int]) -> int:
+        """Bytes of the pages that rows with so many packed tokens refer to."""
+        return len(self.used(packed)[0]) * self.pool.page_nbytes
+
+    def refill(self, rows: list[list[int]], packed: list[int], lost: list[int]) -> None:
+        """Give the rows of an empty table pages: what `used` said, and `forgotten`.
+
+        A row that owns its pages has the first of them filled; else pages are shared as they were.
+        """
+        if self.columns is None:
+            count = 1 + max((i for row in rows for i in row), default=-1)
+            taken = self.pool.take(count)
+            self.rows = [[taken[i] for i in row] for row in rows]
+            for page in taken:
+                self.pool.references[page] = sum(row.count(page) for row in self.rows)
+            self.opened = [page_count(n) for n in packed]
+        self.lost = list(lost)
+
+    def rebuild(
+        self, packed: list[int], sources: list[int], tokens: list[int], fork: bool = False
+    ) -> PageTable:
         """Rows that continue old rows.
 
         Full pages are shared. A page that will still be written is kept by one row that owned it
         alone, and copied for the others.
 
         Args:
+            packed: packed tokens of the old rows.
             sources: the old row that each new row continues.
             tokens: packed tokens that each new row keeps of it.
             fork: keep the old rows too, and return the new ones in a table of their own.
@@ -142,27 +229,26 @@ class PageTable:
         """
         pool = self.pool
         # What has static addresses must never move later: room for all of it is made here.
-        promised = pool.promised + (len(sources) - (not fork) * len(self.rows)) * (
-            self.columns or 0
-        )
+        promised = pool.promised + (len(sources) - (not fork) * len(self.rows)) * self.owned
         if promised >= len(pool.references):
             pool.grow(promised + 1 - len(pool.references))
+        lost = [self.forgotten(packed)[r] if n else 0 for r, n in zip(sources, tokens, strict=True)]
         references = list(pool.references)
         rows, wanted, claimed = [], [], set()
         for r, n in zip(sources, tokens, strict=True):
-            row = self.rows[r][: n // PAGE_TOKENS]
+            kept = self.rows[r][: self.owned or page_count(n)]
+            row = [page if self._stays(i, n) else -1 for i, page in enumerate(kept)]
             for page in row:
-                references[page] += 1
+                references[page] += page >= 0
             rows.append(row)
         for row, r, n in zip(rows, sources, tokens, strict=True):
-            for column in range(len(row), self.columns or page_count(n)):
-                page = self.rows[r][column]
+            for i in [i for i, page in enumerate(row) if page < 0]:
+                page = self.rows[r][i]
                 if not fork and references[page] == 1 and page not in claimed:
                     claimed.add(page)
-                    row.append(page)
+                    row[i] = page
                 else:
-                    wanted.append((row, len(row), page, column * PAGE_TOKENS < n))
-                    row.append(-1)
+                    wanted.append((row, i, page, i < page_count(n)))
         if not fork:
             for page in (p for row in self.rows for p in row if p not in claimed):
                 references[page] -= 1
@@ -181,15 +267,33 @@ class PageTable:
         pool.promised = promised
         table = copy.copy(self) if fork else self
         table.rows = rows
+        table.opened = [self.columns or page_count(n) for n in tokens]
+        table.lost = lost
         return table
+
+    def _stays(self, i: int, tokens: int) -> bool:
+        """Whether a row of so many packed tokens leaves its page i as it is."""
+        full = tokens // PAGE_TOKENS
+        if self.columns is None:  # `reserve` looks again before a page comes round
+            return tokens % PAGE_TOKENS == 0 or i != full % self.ring
+        return not self.rounds and i < full
 
     def tensor(self, device: torch.device) -> torch.Tensor:
         """`[B, n]` int64, padded with page 0."""
-        width = max(map(len, self.rows))
-        padded = [row + [0] * (width - len(row)) for row in self.rows]
+        width, pairs = max(self.opened), zip(self.rows, self.opened, strict=True)
+        padded = [[r[c % self.ring] for c in range(n)] + [0] * (width - n) for r, n in pairs]
         return torch.tensor(padded, dtype=torch.int64, device=device).view(len(self.rows), width)
 
 
 def page_count(tokens: int) -> int:
     """Pages that hold so many packed tokens."""
     return -(-tokens // PAGE_TOKENS)
+
+
+def ring_pages(spec: KVSpec, window: int) -> int:
+    """Pages in which a row finds all packed tokens that a query with this window sees.
+
+    That holds after a crop of up to `CROP` tokens as well, wherever a page begins.
+    """
+    reach = window - 1 + CROP - spec.residual_length
+    return page_count(max(0, reach - 1)) + 1

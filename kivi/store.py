@@ -10,7 +10,8 @@ from torch import Tensor
 
 from kivi.kernels.reference import exact_positions, gather_pages
 from kivi.packing import units_per_tile
-from kivi.spec import PAGE_TOKENS, TILE_ROWS, KVSpec
+from kivi.pages import CROP
+from kivi.spec import PAGE_TOKENS, TILE_ROWS, KVSpec, check_count
 from kivi.view import CacheView
 
 SLACK = TILE_ROWS
@@ -70,21 +71,72 @@ def plan(view: CacheView, spec: KVSpec, t: int, valid: Tensor | None, units: int
     return Step(position, length, view.packed + leaving, units)
 
 
-def plan_on_host(spec: KVSpec, counts: Counts, new: list[int]) -> tuple[Counts, int]:
-    """The counts after so many new tokens in each row, and the most units that leave a row."""
+def plan_on_host(
+    spec: KVSpec, counts: Counts, new: list[int], max_length: int | None
+) -> tuple[Counts, int]:
+    """The counts after so many new tokens in each row, and the most units that leave a row.
+
+    Raises:
+        ValueError: for a row of more than `max_length` tokens.
+    """
     window = spec.sink_length + spec.residual_length
     lengths = [n + t for n, t in zip(counts[0], new, strict=True)]
+    if max_length is not None and max(lengths) > max_length:
+        raise ValueError(
+            f"k has {max(new)} more tokens, which makes rows of {lengths} tokens; "
+            f"max_length={max_length}"
+        )
     pairs = zip(lengths, counts[1], strict=True)
     units = [max(0, n - p - window) // spec.unit for n, p in pairs]
     packed = [p + u * spec.unit for p, u in zip(counts[1], units, strict=True)]
     return (lengths, packed), max(units)
 
 
-def cut(spec: KVSpec, counts: Counts, tokens: int) -> Counts:
-    """The counts after dropping the last tokens; a packed unit is kept whole or not at all."""
+def needed(window: int | None, counts: Counts | None, max_length: int | None) -> int | None:
+    """The window of queries, or None where no row reaches out of it: kernels need not look then.
+
+    Args:
+        window: the window.
+        counts: after the step, None if the host does not know them.
+        max_length: the most that a row can hold.
+    """
+    longest = max_length if counts is None else max(counts[0])
+    return None if window is None or longest is None or longest <= window else window
+
+
+def cut(
+    spec: KVSpec, counts: Counts, tokens: int, window: int | None, forgotten: list[int]
+) -> Counts:
+    """The counts after dropping the last tokens; a packed unit is kept whole or not at all.
+
+    Args:
+        spec: how the layer is packed.
+        counts: the counts before.
+        tokens: how many are dropped.
+        window: of the layer's queries.
+        forgotten: packed tokens at the start of each row that are gone.
+
+    Raises:
+        ValueError: for more tokens than a row has, or if the next query would see forgotten ones.
+    """
+    check_count("tokens", tokens)
+    if tokens > min(counts[0]):
+        raise ValueError(f"tokens={tokens} is not allowed; the rows hold {counts[0]} tokens")
     lengths = [n - tokens for n in counts[0]]
     whole = [max(0, n - spec.sink_length) // spec.unit * spec.unit for n in lengths]
-    return lengths, [min(pair) for pair in zip(whole, counts[1], strict=True)]
+    packed = [min(pair) for pair in zip(whole, counts[1], strict=True)]
+    for length, last, lost in zip(lengths, packed, forgotten, strict=True):
+        first = length + 1 - (window or length) - spec.sink_length
+        if lost > max(0, min(first, last)):
+            if tokens == 0:
+                raise ValueError(
+                    f"a step that failed has overwritten tokens in the window of {window}; reset()"
+                )
+            raise ValueError(
+                f"tokens={tokens} is not allowed; sliding_window={window} has forgotten what the "
+                f"rows would see then (up to {CROP} tokens can always be cropped)"
+            )
+    return lengths, packed
 
 
 def tensors(view: CacheView) -> list[Tensor]:
@@ -139,6 +191,7 @@ def store(
     step: Step,
     fresh: bool,
     quantize_pack: Callable[..., None],
+    ring: int | None = None,
 ) -> None:
     """Store T columns: units leave the window into pages, the new tokens enter it.
 
@@ -152,14 +205,22 @@ def store(
         step: what to do.
         fresh: the caller knows that the cache is empty and no column is padding.
         quantize_pack: the operator.
+        ring: a page is written again this many columns later; what would be lost so at once is
+            not packed at all.
     """
     t, unit, sinks = k.shape[2], spec.unit, spec.sink_length
-    units, done = step.units, 0
+    units, start, done = step.units, view.packed, 0
+    if ring is not None:
+        start = torch.maximum(start, (-(-step.packed // PAGE_TOKENS) - ring) * PAGE_TOKENS)
+        units = units if fresh else min(units, ring * PAGE_TOKENS // unit)
     if units and fresh:
-        body = [x[:, :, sinks : sinks + units * unit] for x in (k, v)]
-        done = units * unit // PAGE_TOKENS
-        if done:
-            page = view.table[:, :done]
+        skipped = 0 if ring is None else max(0, -(-units * unit // PAGE_TOKENS) - ring)
+        done = units * unit // PAGE_TOKENS - skipped
+        units -= skipped * PAGE_TOKENS // unit
+        begin = sinks + skipped * PAGE_TOKENS
+        body = [x[:, :, begin : begin + units * unit] for x in (k, v)]
+        if done > 0:
+            page = view.table[:, skipped : skipped + done]
             for x, pages, one in zip(
                 body, (view.key, view.value), (spec.key, spec.value), strict=True
             ):
@@ -168,9 +229,9 @@ def store(
         body = [x[:, :, done * PAGE_TOKENS :] for x in body]
         units -= done * PAGE_TOKENS // unit
     elif units:
-        body = _leaving(view, spec, k, v, step)
+        body = _leaving(view, spec, k, v, step.position, start, units)
     if units:
-        first = view.packed[:, None]
+        first = start[:, None]
         if units > 1 or done:
             first = first + torch.arange(units, device=k.device) * unit + done * PAGE_TOKENS
         sources = (body[0].unflatten(2, (units, unit)), body[1].unflatten(2, (units, unit)))
@@ -179,22 +240,27 @@ def store(
         _enter(view, spec, k, v, step)
 
 
-def _columns(step: Step, rank: Tensor) -> Tensor:
-    """The column of each row's rank-th new token, `[B, n]`, in range whatever the rank."""
-    order = torch.argsort(step.position < 0, dim=1, stable=True)
+def _columns(new: Tensor, rank: Tensor) -> Tensor:
+    """The column of each row's rank-th new token, `[B, n]`, in range whatever the rank.
+
+    `new [B, T]`: the positions of the new columns, -1 for padding.
+    """
+    order = torch.argsort(new < 0, dim=1, stable=True)
     return order.gather(1, rank.clamp(0, order.shape[1] - 1))
 
 
-def _leaving(view: CacheView, spec: KVSpec, k: Tensor, v: Tensor, step: Step) -> list[Tensor]:
-    """The tokens of the next `step.units` units of each row, `[B, Hkv, units * U, D]`."""
-    index = torch.arange(step.units * spec.unit, device=k.device)
-    position = spec.sink_length + view.packed[:, None] + index
+def _leaving(
+    view: CacheView, spec: KVSpec, k: Tensor, v: Tensor, new: Tensor, start: Tensor, units: int
+) -> list[Tensor]:
+    """The tokens of units from packed token `start [B]` on, `[B, Hkv, units * U, D]`."""
+    index = torch.arange(units * spec.unit, device=k.device)
+    position = spec.sink_length + start[:, None] + index
     row = torch.arange(k.shape[0], device=k.device)[:, None]
     source = slots(spec, position)
     if k.shape[2] > SLACK:
         old = view.length[:, None]
-        new = view.exact_key.shape[2] + _columns(step, position - old)
-        source = torch.where(position < old, source, new)
+        column = view.exact_key.shape[2] + _columns(new, position - old)
+        source = torch.where(position < old, source, column)
     body = []
     for x, exact in ((k, view.exact_key), (v, view.exact_value)):
         tokens = exact if k.shape[2] <= SLACK else torch.cat([exact, x], 2)
@@ -216,7 +282,7 @@ def _enter(view: CacheView, spec: KVSpec, k: Tensor, v: Tensor, step: Step) -> N
         places.append((early, torch.where(inside, old + early, -1)))
     new = []
     for rank, position in places:
-        column = _columns(step, rank)
+        column = _columns(step.position, rank)
         new_k, new_v = (x[row, :, column].transpose(1, 2) for x in (k, v))
         new.append((new_k, new_v, position))
     # Only now: old tokens in the window give way, so nothing may fail any more.
@@ -249,12 +315,17 @@ def unpack_unit(
     return new[0], new[1], position
 
 
-def dense(view: CacheView, spec: KVSpec, tokens: int) -> tuple[Tensor, Tensor]:
-    """Keys and values `[B, Hkv, tokens, D]`, left-aligned, zero past a row's end."""
+def dense(view: CacheView, spec: KVSpec, tokens: int, lost: list[int]) -> tuple[Tensor, Tensor]:
+    """Keys and values `[B, Hkv, tokens, D]`, left-aligned, zero past a row's end.
+
+    Of each row the first `lost` packed tokens are zero as well: they were overwritten.
+    """
     sinks = spec.sink_length
     position, visible = exact_positions(view, sinks)
     index = torch.arange(view.table.shape[1] * PAGE_TOKENS, device=position.device)
     inside = index < view.packed[:, None]
+    if any(lost):
+        inside &= index >= torch.tensor(lost, device=position.device)[:, None]
     # One more slot takes all that is not part of a row.
     target = torch.cat(
         [torch.where(inside, sinks + index, tokens), torch.where(visible, position, tokens)], 1

@@ -15,6 +15,8 @@ class CacheView(NamedTuple):
     `key`, `value`: the pool's pages. `table [B, n]` int64: page of each 512 packed tokens.
     `packed [B]` int64: packed tokens of each row. `exact_key`, `exact_value` `[B, Hkv, E, D]`:
     S sink slots, then a ring of W slots, then one bin. `length [B]` int64: tokens of each row.
+    Where a layer has a sliding window, columns that no query with this window sees may name pages
+    of newer tokens, or page 0.
     Token p of a row is sink slot p if p < S; packed token p - S if p < S + packed; else it lies in
     ring slot (p - S) mod W.
     """

@@ -42,16 +42,20 @@ PADDING = st.sampled_from(["none", "left", "right", "holes"])
 
 
 class Row(NamedTuple):
-    """A row of the model: its tokens `[H, D]` as the cache must hold them, sinks first."""
+    """A row of the model: its tokens `[H, D]` as the cache must hold them, sinks first.
+
+    `lost`: packed tokens at the start that a sliding window has forgotten.
+    """
 
     keys: list[torch.Tensor]
     values: list[torch.Tensor]
     packed: int
+    lost: int = 0
 
     def copy(self) -> "Row":
-        return Row(list(self.keys), list(self.values), self.packed)
+        return Row(list(self.keys), list(self.values), self.packed, self.lost)
 
-    def flushed(self, spec: KVSpec) -> "Row":
+    def flushed(self, spec: KVSpec, ring: int | None) -> "Row":
         """The row after all units that are due have left the window."""
         start = spec.sink_length + self.packed
         count = max(0, len(self.keys) - start - spec.residual_length) // spec.unit * spec.unit
@@ -59,12 +63,19 @@ class Row(NamedTuple):
             if count:
                 unit = torch.stack(held[start : start + count], 1)[None]
                 held[start : start + count] = dequantize(quantize(unit, one))[0].unbind(1)
-        return self._replace(packed=self.packed + count)
+        packed = self.packed + count
+        lost = 0 if ring is None else (-(-packed // 512) - ring) * 512
+        return self._replace(packed=packed, lost=max(self.lost, lost))
 
     def cropped(self, spec: KVSpec, count: int) -> "Row":
         kept = len(self.keys) - count
         whole = max(0, kept - spec.sink_length) // spec.unit * spec.unit
-        return Row(self.keys[:kept], self.values[:kept], min(self.packed, whole))
+        return Row(self.keys[:kept], self.values[:kept], min(self.packed, whole), self.lost)
+
+    def sees_all(self, spec: KVSpec, window: int | None) -> bool:
+        """Whether nothing is lost that the next query would see."""
+        first = len(self.keys) - (window or 0) + 1 - spec.sink_length
+        return self.lost <= max(0, min(first, self.packed))
 
 
 class Pair:
@@ -89,11 +100,20 @@ class CacheMachine(RuleBasedStateMachine):
         batch=st.integers(1, 3),
         max_length=st.sampled_from([None, 1300]),
         dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
+        keeps=st.sampled_from([None, 1, 40, 300]),
+        held=st.sampled_from([0, 0, 1000, 1200]),
     )
-    def start(self, spec, batch, max_length, dtype):
-        self.spec, self.max_length, self.dtype = spec, max_length, dtype
-        cache = LayerCache(spec, batch, HEADS, D, DV, max_length=max_length, dtype=dtype)
+    def start(self, spec, batch, max_length, dtype, keeps, held):
+        self.spec, self.max_length, self.dtype, self.keeps = spec, max_length, dtype, keeps
+        # Pages for a window, 128 tokens that may be cropped, and a page that begins anywhere.
+        reach = (keeps or 0) - 1 + 128 - spec.residual_length
+        self.ring = None if keeps is None else 1 + -(-max(0, reach - 1) // 512)
+        cache = LayerCache(
+            spec, batch, HEADS, D, DV, max_length=max_length, sliding_window=keeps, dtype=dtype
+        )
         self.live.append(Pair(cache, [Row([], [], 0) for _ in range(batch)]))
+        if held:
+            self.append(self.live[0], held, 0, "none")
         return self.live[0]
 
     # -------------------------------------------------------------- columns
@@ -125,11 +145,14 @@ class CacheMachine(RuleBasedStateMachine):
             for column in valid[i].nonzero().flatten().tolist():
                 row.keys.append(k[i, :, column])
                 row.values.append(v[i, :, column])
-            pair.rows[i] = row.flushed(self.spec)
+            pair.rows[i] = row.flushed(self.spec, self.ring)
 
     # -------------------------------------------------------------- rules
 
     @rule(pair=pairs, t=MANY, seed=SEED, padding=PADDING)
+    def append_some(self, pair, t, seed, padding):
+        self.append(pair, t, seed, padding)
+
     def append(self, pair, t, seed, padding):
         columns = self.columns(pair, t, seed, padding)
         if columns is None:
@@ -158,12 +181,17 @@ class CacheMachine(RuleBasedStateMachine):
         if own:
             random = torch.rand(b, 1, t, t, generator=torch.Generator().manual_seed(seed)) < 0.5
             mask = random | torch.eye(t, dtype=torch.bool)
+        if self.keeps is not None and window is not None:
+            window = min(window, self.keeps)
         out = pair.cache.decode(q, k, v, valid=given, mask=mask, sliding_window=window)
         eps = torch.finfo(self.dtype).eps
         for i, row in enumerate(pair.rows):
             seen = valid[i].numpy()
             allowed = allowed_keys(
-                len(row.keys), seen, window, None if mask is None else mask[i, 0].numpy()
+                len(row.keys),
+                seen,
+                window or self.keeps,
+                None if mask is None else mask[i, 0].numpy(),
             )
             both = [
                 np.concatenate([array(torch.stack(held, 1)), array(x[i])], 1)
@@ -179,8 +207,15 @@ class CacheMachine(RuleBasedStateMachine):
     def crop(self, pair, share, few):
         shortest = min(len(row.keys) for row in pair.rows)
         count = int(share * (min(shortest, 70) if few else shortest))
-        pair.cache.crop(count)
-        pair.rows = [row.cropped(self.spec, count) for row in pair.rows]
+        rows = [row.cropped(self.spec, count) for row in pair.rows]
+        if all(row.sees_all(self.spec, self.keeps) for row in rows):
+            pair.cache.crop(count)
+            pair.rows = rows
+        else:
+            before = state(pair.cache)
+            with pytest.raises(ValueError, match=f"sliding_window={self.keeps} has forgotten"):
+                pair.cache.crop(count)
+            assert state(pair.cache) == before
 
     @rule(pair=pairs, data=st.data())
     def select(self, pair, data):
@@ -252,7 +287,9 @@ class CacheMachine(RuleBasedStateMachine):
                     assert dense.shape[2] == max(lengths)
                     assert not dense[i, :, lengths[i] :].any()
                     if held:
-                        assert same(dense[i, :, : lengths[i]], torch.stack(held, 1))
+                        expected = torch.stack(held, 1)
+                        expected[:, self.spec.sink_length :][:, : row.lost] = 0
+                        assert same(dense[i, :, : lengths[i]], expected)
 
     @invariant()
     def pages_are_counted(self):
@@ -263,8 +300,14 @@ class CacheMachine(RuleBasedStateMachine):
     def a_page_that_will_be_written_belongs_to_one_row(self):
         for pair in self.live:
             for row, pages in zip(pair.rows, pair.cache._pages.rows, strict=True):
-                counts = [pair.cache._pages.pool.references[p] for p in pages[row.packed // 512 :]]
-                assert all(n == 1 for n in counts)
+                full = row.packed // 512
+                if self.ring is not None:  # pages come round, in a static cache unseen by the host
+                    assert len(pages) <= self.ring
+                    static = self.max_length is not None and self.ring < 3
+                    slot = slice(full % self.ring, full % self.ring + (row.packed % 512 > 0))
+                    pages = pages if static else pages[slot]
+                    full = 0
+                assert all(pair.cache._pages.pool.references[p] == 1 for p in pages[full:])
 
     @invariant()
     def bytes_are_those_held(self):

@@ -232,6 +232,58 @@ CALLS = {
 }
 
 
+def round_rows(length: int = 1100) -> LayerCache:
+    """Rows that share pages with a fork, two of which come round at the next steps."""
+    layer = new(KIVI, sliding_window=40)
+    layer.append(*tokens(layer, length))
+    layer.select([0, 1, 1])
+    layer.other = layer.fork()
+    return layer
+
+
+@pytest.mark.parametrize("t", [1, 100])
+def test_whichever_allocation_fails_as_pages_come_round(t):
+    """A step that writes a shared page again: what is still seen outlives a failure."""
+
+    def call(layer):
+        return layer.decode(randn(3, 1, t, 16), *tokens(layer, t, 5))
+
+    length = 3 * 512 + 35 + 31 - t + 1
+    twin = round_rows(length)
+    with OutOfMemory() as all_of_them:
+        expected = call(twin)
+    total = all_of_them.count
+    assert twin._pages.opened == [4, 4, 4]
+    for n in sorted({*range(1, total + 1, total // 15 + 1), *range(max(1, total - 8), total + 1)}):
+        layer = round_rows(length)
+        seen = [x[:, :, -170:] for x in layer.dequantize()]
+        with pytest.raises(torch.OutOfMemoryError), OutOfMemory(n):
+            call(layer)
+        for each in (layer, layer.other):
+            now = [x[:, :, -170:] for x in each.dequantize()]
+            assert all(same(x, y) for x, y in zip(now, seen, strict=True)), n
+        assert references_are_right(layer, layer.other)
+        assert same(call(layer), expected)
+        assert same_cache(layer, twin)
+
+
+def test_a_failure_that_cost_tokens_is_not_hidden():
+    """A step over many pages overwrites what its first tokens see; if it fails, nothing goes on."""
+    layer, twin = round_rows(), round_rows()
+    big = tokens(layer, 1500, 5)
+    with OutOfMemory() as all_of_them:
+        twin.append(*big)
+    with pytest.raises(torch.OutOfMemoryError), OutOfMemory(all_of_them.count - 4):
+        layer.append(*big)
+    with pytest.raises(ValueError, match="a step that failed has overwritten"):
+        layer.append(*tokens(layer, 1, 6))
+    layer.reset()
+    layer.append(*big)
+    other = new(KIVI, batch=3, sliding_window=40)
+    other.append(*big)
+    assert all(same(x, y) for x, y in zip(layer.dequantize(), other.dequantize(), strict=True))
+
+
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
 def test_whichever_allocation_fails_the_call_can_be_repeated(call):
     twin = shared_rows()

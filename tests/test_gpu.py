@@ -10,7 +10,9 @@ pytestmark = pytest.mark.gpu
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def new_layer(dtype: torch.dtype, max_length: int | None, name: str = "kivi") -> LayerCache:
+def new_layer(
+    dtype: torch.dtype, max_length: int | None, name: str = "kivi", window: int | None = None
+) -> LayerCache:
     options = (
         {"residual_length": 32} if name != "kivi" else {"residual_length": 32, "sink_length": 3}
     )
@@ -21,6 +23,7 @@ def new_layer(dtype: torch.dtype, max_length: int | None, name: str = "kivi") ->
         dtype=dtype,
         device="cuda",
         max_length=max_length,
+        sliding_window=window,
     )
 
 
@@ -92,9 +95,11 @@ def test_reduce_overhead_captures_without_skips() -> None:
     assert counters["inductor"]["cudagraph_skips"] == 0
 
 
-def test_manual_cuda_graph_replays() -> None:
-    layer, eager = (new_layer(torch.float16, 1000) for _ in range(2))
-    prompt = tokens(2, 100, torch.float16)
+@pytest.mark.parametrize(("window", "held"), [(None, 100), (200, 1500)])
+def test_manual_cuda_graph_replays(window: int | None, held: int) -> None:
+    """With a window, a page is written again in the middle of the replays."""
+    layer, eager = (new_layer(torch.float16, 3000, window=window) for _ in range(2))
+    prompt = tokens(2, held, torch.float16)
     for each in (layer, eager):
         each.prefill(prompt, prompt)
     q, k, v = (tokens(h, 1, torch.float16) for h in (8, 2, 2))
@@ -111,16 +116,15 @@ def test_manual_cuda_graph_replays() -> None:
             x.copy_(tokens(h, 1, torch.float16))
         graph.replay()
         torch.testing.assert_close(out, eager.decode(q, k, v), atol=3e-3, rtol=3e-3)
-    assert layer.lengths() == eager.lengths() == [300, 300]
-    assert layer.packed_lengths() == eager.packed_lengths()
+    assert layer.lengths() == eager.lengths() == [held + 200, held + 200]
+    packed = layer.packed_lengths()
+    assert packed == eager.packed_lengths()
+    assert layer._pages.forgotten(packed) == [0 if window is None else 1024] * 2
 
 
-def test_generate_compiles_by_itself() -> None:
+def tiny_llama():
+    """A random model that prefers some tokens clearly."""
     transformers = pytest.importorskip("transformers")
-    from kivi.hf import KVCache
-
-    torch._dynamo.reset()
-    counters.clear()
     config = transformers.LlamaConfig(
         vocab_size=256,
         hidden_size=128,
@@ -134,6 +138,41 @@ def test_generate_compiles_by_itself() -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(3 if parameter.dim() > 1 else 1)
+    return model
+
+
+def test_generate_loop_records_once() -> None:
+    from torch._inductor import cudagraph_trees
+
+    from kivi.hf import KVCache
+    from kivi.hf_loop import generate_loop
+
+    torch._dynamo.reset()
+    counters.clear()
+    model, recorded = tiny_llama(), []
+    ids = torch.randint(2, 256, (2, 200), device="cuda")
+    expected = model.generate(ids, max_new_tokens=80, do_sample=False)[:, 200:]
+    cache = KVCache(model, "full_precision", residual_length=32, max_length=320)
+    for _ in range(4):
+        assert torch.equal(generate_loop(model, cache, ids, 80), expected)
+        cache.reset()
+        manager = cudagraph_trees.get_container(0).tree_manager
+        recorded.append(manager.new_graph_id().id)  # this takes a number itself
+    assert counters["stats"]["unique_graphs"] == 1
+    assert counters["inductor"]["cudagraph_skips"] == 0
+    assert recorded[-1] - recorded[-2] == 1  # no graph since the conversation before
+    sampled = generate_loop(model, cache, ids, 80, temperature=1.0, top_k=50)
+    assert len(sampled.unique()) > 10
+    assert counters["inductor"]["cudagraph_skips"] == 0
+
+
+def test_generate_compiles_by_itself() -> None:
+    transformers = pytest.importorskip("transformers")
+    from kivi.hf import KVCache
+
+    torch._dynamo.reset()
+    counters.clear()
+    model = tiny_llama()
     ids = torch.randint(2, 256, (2, 200), device="cuda")
     mask = torch.ones_like(ids)
     mask[0, :50] = 0

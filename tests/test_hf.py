@@ -41,6 +41,14 @@ def test_schemes_of_layers() -> None:
     cache = KVCache(model, {"default": two, 0: exact, -1: "per_token"})
     assert cache.schemes == [exact, two, two, KVQuantizer.get("per_token")]
     assert KVCache(model, dict(enumerate([exact, four, two, two]))).schemes[1] == four
+    ends = {"default": KVQuantizer.get("kivi", key_bits=4, value_bits=2), 0: exact, -1: exact}
+    specs = [scheme.spec(i) for i, scheme in enumerate(KVCache(model, ends).schemes)]
+    assert [(s.key.bits, s.value.bits) if s.key else None for s in specs] == [
+        None,
+        (4, 2),
+        (4, 2),
+        None,
+    ]
     inputs = prompt()
     assert generate(model, cache, inputs).shape == (2, 70 + NEW)
     sizes = [layer.cache.nbytes().used for layer in cache.packed_layers]

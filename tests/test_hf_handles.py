@@ -86,14 +86,15 @@ def test_handle_metadata(llama: PreTrainedModel, max_length: int | None) -> None
 
 @pytest.mark.parametrize("mask", [False, True])
 def test_sdpa_with_a_window(mask: bool) -> None:
-    """Without a mask a single query sees all, whatever the window of the layer."""
+    """Without a mask a query sees the window of the layer, which keeps no more."""
     model = tiny("mistral")
     cache, k, v = filled(model, tokens=60)
     new_k, new_v = new_states(1, seed=1)
     dense = torch.cat([k, new_k], 2), torch.cat([v, new_v], 2)
     attn_mask = (torch.arange(61) > 60 - WINDOW)[None, None, None] if mask else None
     options: dict[str, Any] = {"attn_mask": attn_mask, "enable_gqa": True}
-    expected = F.scaled_dot_product_attention(queries(1), *dense, **options)
+    seen = [x[:, :, -WINDOW:] for x in dense]
+    expected = F.scaled_dot_product_attention(queries(1), *seen, enable_gqa=True)
     mine = F.scaled_dot_product_attention(queries(1), *cache.update(new_k, new_v, 0), **options)
     close(mine, expected)
     assert (cache.packed_calls[0], cache.dense_calls[0]) == (2, 0)
@@ -207,9 +208,9 @@ def test_handles_are_not_kept(llama: PreTrainedModel) -> None:
     cache = KVCache(llama, TWO_BIT)
     update = cache.layers[0].update
 
-    def update_watched(k: Tensor, v: Tensor, *args: Any) -> Any:
+    def update_watched(k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Any:
         kept.extend([weakref.ref(k), weakref.ref(v)])
-        return update(k, v, *args)
+        return update(k, v, *args, **kwargs)
 
     cache.layers[0].update = update_watched
     hook = llama.model.layers[0].self_attn.register_forward_pre_hook(watch, with_kwargs=True)

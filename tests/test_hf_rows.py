@@ -1,4 +1,4 @@
-"""Beams, several sequences, crops, copies: rows of a KVCache."""
+"""Crops, selections and copies of a KVCache."""
 
 import copy
 
@@ -30,55 +30,6 @@ from kivi.hf import KVCache
 @pytest.fixture(scope="module")
 def llama() -> PreTrainedModel:
     return tiny("llama")
-
-
-@pytest.mark.parametrize("padding", [0, 30])
-def test_beam_search(llama: PreTrainedModel, padding: int) -> None:
-    options = {"num_beams": 3, "num_return_sequences": 2}
-    inputs = prompt(padding=padding)
-    theirs = generate(llama, DynamicCache(config=llama.config), inputs, **options)
-    cache = KVCache(llama, KVQuantizer.get("full_precision", residual_length=16))
-    assert torch.equal(generate(llama, cache, inputs, **options), theirs)
-    assert cache.dense_calls == [0, 0]
-    assert theirs.shape[0] == 4
-
-
-def test_beam_search_static(llama: PreTrainedModel) -> None:
-    inputs = prompt()
-    theirs = generate(llama, DynamicCache(config=llama.config), inputs, num_beams=3)
-    cache = KVCache(llama, LOSSLESS, max_length=128)
-    assert torch.equal(generate(llama, cache, inputs, num_beams=3), theirs)
-
-
-def test_several_sequences(llama: PreTrainedModel) -> None:
-    options = {"num_return_sequences": 3, "do_sample": True, "return_dict_in_generate": True}
-    results = []
-    for cache in (DynamicCache(config=llama.config), KVCache(llama, LOSSLESS)):
-        torch.manual_seed(5)
-        results.append(generate(llama, cache, prompt(padding=30), **options))
-    assert torch.equal(results[0].sequences, results[1].sequences)
-    assert results[1].past_key_values is cache
-    assert len(results[1].sequences.unique(dim=0)) == 6
-
-
-@pytest.mark.parametrize("name", ["llama", "mistral"])
-def test_prompt_lookup(name: str) -> None:
-    model = tiny(name)
-    pattern = prompt(1, tokens=12)["input_ids"]
-    inputs = {"input_ids": pattern.repeat(1, 6), "attention_mask": torch.ones(1, 72).long()}
-    plain = generate(model, DynamicCache(config=model.config), inputs)
-    cache = KVCache(model, LOSSLESS)
-    assert torch.equal(generate(model, cache, inputs, prompt_lookup_num_tokens=4), plain)
-    assert cache.dense_calls == [0, 0]
-
-
-def test_assisted_decoding(llama: PreTrainedModel) -> None:
-    inputs = prompt(1)
-    plain = generate(llama, DynamicCache(config=llama.config), inputs)
-    cache = KVCache(llama, LOSSLESS)
-    helper = tiny("llama", num_hidden_layers=1)
-    assert torch.equal(generate(llama, cache, inputs, assistant_model=helper), plain)
-    assert cache.dense_calls == [0, 0]
 
 
 @pytest.mark.parametrize("max_length", [None, 128])

@@ -38,7 +38,7 @@ LAYERS = (
 )
 # Two implementations of one op are compared with each other; neither may lean on the other.
 IMPLEMENTATIONS = (("kivi.kernels.reference",), ("kivi.kernels.triton_*",))
-MAY_IMPORT_TRANSFORMERS = ("kivi.hf", "kivi.hf_models")
+MAY_IMPORT_TRANSFORMERS = ("kivi.hf", "kivi.hf_attention", "kivi.hf_layer", "kivi.hf_models")
 MAY_SHIFT = ("kivi.packing", "kivi.kernels.triton_tile*")
 # The command line offers presets, lists of schemes to compare: naming them is what it is for.
 MAY_NAME_SCHEMES = ("kivi.schemes", "kivi.schemes.*", "kivi.__main__", "kivi.cli", "kivi.cli_*")

@@ -43,6 +43,35 @@ def test_layer_on_kernels(name):
     assert max(kernels.packed_lengths()) > 0
 
 
+@pytest.mark.parametrize("max_length", [None, 2000])
+def test_pages_that_come_round(max_length):
+    """Kernels read a table whose oldest columns show newer tokens."""
+    eager, kernels = (
+        KVQuantizer.get("kivi", residual_length=32).new_layer(
+            batch_size=1,
+            num_kv_heads=1,
+            head_dim=32,
+            max_length=max_length,
+            sliding_window=200,
+            dtype=torch.float32,
+            device=DEVICE,
+            impl=impl,
+        )
+        for impl in ("eager", "triton")
+    )
+    for t in (1500, 1, 130, 3):
+        q, k, v = (torch.randn(1, heads, t, 32, device=DEVICE) for heads in (2, 1, 1))
+        if t > 32:
+            eager.append(k, v)
+            kernels.append(k, v)
+        else:
+            expected, out = (layer.decode(q, k, v) for layer in (eager, kernels))
+            torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
+    assert kernels._pages.forgotten(kernels.packed_lengths()) == [1024]
+    for x, y in zip(kernels.dequantize(), eager.dequantize(), strict=True):
+        assert torch.equal(x, y)
+
+
 def test_a_device_without_kernels_is_refused():
     from kivi.kernels import triton_ops
 

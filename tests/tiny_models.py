@@ -9,6 +9,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
     Cache,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     FalconConfig,
     FalconForCausalLM,
     Gemma2Config,
@@ -21,6 +23,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
     PreTrainedModel,
@@ -71,6 +75,22 @@ FALCON = {
 Config = Callable[..., Any]
 MODELS: dict[str, tuple[Config, Callable[[Any], PreTrainedModel], dict[str, Any]]] = {
     "llama": (LlamaConfig, LlamaForCausalLM, SHAPE),
+    "llama2": (LlamaConfig, LlamaForCausalLM, {**SHAPE, "num_key_value_heads": 4}),
+    "llama3": (
+        LlamaConfig,
+        LlamaForCausalLM,
+        {
+            **SHAPE,
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 500000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            },
+        },
+    ),
     "mistral": (MistralConfig, MistralForCausalLM, {**SHAPE, "sliding_window": WINDOW}),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, {k: v for k, v in SHAPE.items() if k != "head_dim"}),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, SHAPE),
@@ -96,6 +116,30 @@ MODELS: dict[str, tuple[Config, Callable[[Any], PreTrainedModel], dict[str, Any]
             "num_experts_per_tok": 1,
         },
     ),
+    "mixtral": (
+        MixtralConfig,
+        MixtralForCausalLM,
+        {**SHAPE, "num_local_experts": 2, "num_experts_per_tok": 1},
+    ),
+    "deepseek_v3": (  # keys of 24 channels, values of 16
+        DeepseekV3Config,
+        DeepseekV3ForCausalLM,
+        {
+            **{k: v for k, v in SHAPE.items() if k not in ("head_dim", "num_key_value_heads")},
+            "num_key_value_heads": 4,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 16,
+            "v_head_dim": 16,
+            "first_k_dense_replace": 1,
+            "moe_intermediate_size": 32,
+            "n_routed_experts": 4,
+            "n_group": 2,
+            "topk_group": 1,
+            "num_experts_per_tok": 2,
+        },
+    ),
     "falcon": (FalconConfig, FalconForCausalLM, {**FALCON, "multi_query": True}),
     "falcon_new": (
         FalconConfig,
@@ -110,13 +154,18 @@ def tiny(name: str, **changes: Any) -> PreTrainedModel:
     """A model by its name in `MODELS`, always with the same weights, in evaluation mode."""
     config, model_class, options = MODELS[name]
     torch.manual_seed(0)
-    model = model_class(config(**{**options, **changes})).eval()
-    for parameter_name, parameter in model.named_parameters():
-        if parameter.dim() > 1 or "sinks" in parameter_name:
-            parameter.data.normal_(0, 0.1 if "embed" in parameter_name else 0.2)
+    model = opinionated(model_class(config(**{**options, **changes})))
     if "attn_logit_softcapping" in options:
         model.set_attn_implementation("eager")  # older releases default to SDPA, which ignores it
     return model
+
+
+def opinionated(model: PreTrainedModel) -> PreTrainedModel:
+    """Weights so large that a random model prefers some tokens clearly, in evaluation mode."""
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1 or name.endswith(("sinks", "bias")):
+            parameter.data.normal_(0, 0.1 if "embed" in name else 0.2)
+    return model.eval()
 
 
 def prompt(batch: int = 2, tokens: int = 70, padding: int = 0, seed: int = 0) -> dict[str, Tensor]:

@@ -1,0 +1,107 @@
+"""A LayerCache as tensors and a description, and back: what a file of a cache is made of."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kivi.attention import Impl
+from kivi.cache import LayerCache
+from kivi.spec import KVSpec, QuantSpec
+
+
+def describe(cache: LayerCache) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What `rebuild` makes the layer of again.
+
+    Returns:
+        a description that JSON can write, and tensors by name: each page that holds packed tokens
+        once, whatever rows share it, and the exact slots.
+    """
+    packed, view = cache.packed_lengths(), cache._view()
+    pages, rows = cache._pages.used(packed)
+    index = torch.tensor(pages, dtype=torch.int64, device=cache.device)
+    description = {
+        "spec": dataclasses.asdict(cache.spec),
+        "shape": [cache.num_kv_heads, cache.head_dim, cache.value_head_dim],
+        "dtype": str(cache.dtype).removeprefix("torch."),
+        "max_length": cache.max_length,
+        "sliding_window": cache.sliding_window,
+        "lengths": cache.lengths(),
+        "packed": packed,
+        "forgotten": cache._pages.forgotten(packed),
+        "rows": rows,
+    }
+    tensors = {name: x[index] for name, x in _pages(cache).items()}
+    return description, tensors | {"exact_key": view.exact_key, "exact_value": view.exact_value}
+
+
+def rebuild(
+    description: dict[str, Any],
+    tensors: dict[str, Tensor],
+    *,
+    device: torch.device | str,
+    impl: Impl,
+    check_finite: bool,
+) -> LayerCache:
+    """The layer that `describe` gave these of.
+
+    Args:
+        description: see `describe`.
+        tensors: see `describe`, on any device.
+        device: where the layer is to live.
+        impl: see `LayerCache`.
+        check_finite: see `LayerCache`.
+
+    Raises:
+        ValueError: if the tensors are not those of the description.
+    """
+    lengths, packed = description["lengths"], description["packed"]
+    cache = LayerCache(
+        _spec(description["spec"]),
+        len(lengths),
+        *description["shape"],
+        max_length=description["max_length"],
+        sliding_window=description["sliding_window"],
+        dtype=getattr(torch, description["dtype"]),
+        device=device,
+        impl=impl,
+        check_finite=check_finite,
+    )
+    with torch.inference_mode(False):
+        cache._pages.refill(description["rows"], packed, description["forgotten"])
+        view = cache._view()
+        exact = {"exact_key": view.exact_key, "exact_value": view.exact_value}
+        shapes = {name: x.shape[1:] for name, x in (_pages(cache) | exact).items()}
+        if shapes != {name: x.shape[1:] for name, x in tensors.items()}:
+            raise ValueError("its tensors are not those of the layer it describes")
+        pairs = [
+            (page, place)
+            for row, places in zip(cache._pages.rows, description["rows"], strict=True)
+            for page, place in zip(row, places, strict=False)
+        ]
+        target, source = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2).unbind(1)
+        for name, x in _pages(cache).items():
+            x[target.to(x.device)] = tensors[name].to(x)[source.to(x.device)]
+        for name, x in exact.items():
+            x.copy_(tensors[name])
+        cache._length.copy_(torch.tensor(lengths))
+        cache._packed.copy_(torch.tensor(packed))
+    cache._host = (list(lengths), list(packed))
+    cache._write_table()
+    return cache
+
+
+def _pages(cache: LayerCache) -> dict[str, Tensor]:
+    """The pool's tensors by name."""
+    pool = cache._pages.pool
+    both = (("key", pool.key), ("value", pool.value))
+    named = {f"{name}_{field}": x for name, p in both for field, x in p._asdict().items()}
+    return {name: x for name, x in named.items() if x is not None}
+
+
+def _spec(fields: dict[str, Any]) -> KVSpec:
+    key, value = (x if x is None else QuantSpec(**x) for x in (fields["key"], fields["value"]))
+    return KVSpec(**{**fields, "key": key, "value": value})
