@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kivi.checks import check_finite_tensor, check_tensor
-from kivi.grids import encode, fit, metadata_dtype, symmetric_offset
+from kivi.grids import divide, encode, fit, mean, metadata_dtype, norm, unbiased_scale, zero_code
 from kivi.packing import insert, pack_unit, unpack
 from kivi.spec import PAGE_TOKENS, TILE_ROWS, QuantSpec
+from kivi.transforms import hadamard, inverse_hadamard
 
 
 class Pages(NamedTuple):
@@ -20,12 +21,15 @@ class Pages(NamedTuple):
 
     `words`: `[N, Hkv, bits, 32, D]` int16, or `[N, Hkv, 512, D]` in the tensor's own dtype where
     nothing is quantized. `scale`, `zero`: 16-bit floats, per-channel `[N, Hkv, 512/G, D]`,
-    per-token `[N, Hkv, 512, D/G]`; None where the spec has none.
+    per-token `[N, Hkv, 512, D/G]`; `center`: `[N, Hkv, 512/C, D]`, `norm`: `[N, Hkv, 512, 1]`,
+    likewise; None where the spec has none.
     """
 
     words: Tensor
     scale: Tensor | None
     zero: Tensor | None
+    center: Tensor | None = None
+    norm: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
@@ -53,16 +57,30 @@ def empty_pages(
         else (pages, num_kv_heads, PAGE_TOKENS, head_dim // group)
     )
     meta = metadata_dtype(dtype)
+
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=meta, device=device)
+
     return Pages(
         torch.zeros(words, dtype=torch.int16, device=device),
-        torch.zeros(groups, dtype=meta, device=device),
-        torch.zeros(groups, dtype=meta, device=device) if spec.has_zero else None,
+        zeros(*groups),
+        zeros(*groups) if spec.has_zero else None,
+        zeros(pages, num_kv_heads, PAGE_TOKENS // spec.center, head_dim) if spec.center else None,
+        zeros(pages, num_kv_heads, PAGE_TOKENS, 1) if spec.token_norm else None,
     )
 
 
-def quantize_unit(
-    x: Tensor, spec: QuantSpec, valid: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor | None]:
+class Unit(NamedTuple):
+    """Runs of tokens quantized: codes `[..., U, D]` int16, and as in Pages what goes with them."""
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    center: Tensor | None
+    norm: Tensor | None
+
+
+def quantize_unit(x: Tensor, spec: QuantSpec, valid: Tensor | None = None) -> Unit:
     """Codes and metadata of runs of whole groups.
 
     Args:
@@ -72,25 +90,40 @@ def quantize_unit(
             and their codes are 0.
 
     Returns:
-        codes `[..., U, D]` int16; scale and zero (None if derived) in 16 bit: per-channel
-        `[..., U/G, D]`, per-token `[..., U, D/G]`.
+        codes; scale and zero per-channel `[..., U/G, D]`, per-token `[..., U, D/G]`, center
+        `[..., U/C, D]` and norm `[..., U, 1]` in 16 bit, None what the spec has not.
     """
     tokens, d = x.shape[-2:]
-    group = spec.group(d)
+    group, meta = spec.group(d), metadata_dtype(x.dtype)
     if valid is None:
         valid = torch.ones(tokens, dtype=torch.bool, device=x.device)
+    own = hadamard(x.float(), spec.block(d))
+    center = size = None
+    if spec.center:
+        runs = own.unflatten(-2, (-1, spec.center)).transpose(-1, -2)
+        center = mean(runs, valid.unflatten(-1, (-1, 1, spec.center)), meta)
+        own = (runs - center).transpose(-1, -2).flatten(-3, -2)
+    if spec.token_norm:
+        size = norm(own, valid[..., None], meta)
+        own = divide(own, size)
     if spec.axis == "channel":
-        grouped = x.float().unflatten(-2, (tokens // group, group)).transpose(-1, -2)
+        grouped = own.unflatten(-2, (tokens // group, group)).transpose(-1, -2)
         mask = valid.unflatten(-1, (tokens // group, 1, group))
     else:
-        grouped = x.float().unflatten(-1, (d // group, group))
+        grouped = own.unflatten(-1, (d // group, group))
         mask = valid[..., None, None]
-    meta = metadata_dtype(x.dtype)
-    scale, zero = fit(grouped, mask, spec.bits, spec.grid, meta)
-    codes = torch.where(mask, encode(grouped, scale, zero, spec.bits), 0.0).to(torch.int16)
+    scale, zero = fit(grouped, mask, spec.bits, spec.grid, meta, spec.clip)
+    codes = torch.where(mask, encode(grouped, scale, zero, spec.bits), 0.0)
+    if spec.grid == "unbiased":
+        scale = unbiased_scale(grouped, codes, mask, spec.bits, meta)
     codes = codes.transpose(-1, -2) if spec.axis == "channel" else codes
-    stored = zero.squeeze(-1).to(meta) if spec.has_zero else None
-    return codes.reshape(x.shape), scale.squeeze(-1).to(meta), stored
+    return Unit(
+        codes.reshape(x.shape).to(torch.int16),
+        scale.squeeze(-1).to(meta),
+        zero.squeeze(-1).to(meta) if spec.has_zero else None,
+        None if center is None else center.squeeze(-1).to(meta),
+        None if size is None else size.to(meta),
+    )
 
 
 def quantize_pack(
@@ -119,14 +152,13 @@ def quantize_pack(
     if spec is None:
         pages.words[index, :, row] = x.transpose(1, 2)
         return
-    codes, scale, zero = quantize_unit(x, spec, valid)
-    if spec.axis == "channel":
-        group = spec.group(x.shape[3])
-        row = first[:, None] // group + torch.arange(tokens // group, device=x.device)
-    assert pages.scale is not None
-    pages.scale[index, :, row] = scale.transpose(1, 2)
-    if zero is not None and pages.zero is not None:
-        pages.zero[index, :, row] = zero.transpose(1, 2)
+    unit = quantize_unit(x, spec, valid)
+    for stored, new in zip(pages[1:], unit[1:], strict=True):
+        if stored is not None and new is not None:
+            size = PAGE_TOKENS // stored.shape[2]  # tokens that share an entry
+            row = first[:, None] // size + torch.arange(new.shape[2], device=x.device)
+            stored[index, :, row] = new.transpose(1, 2)
+    codes = unit.codes
     for part in pack_unit(codes, spec.bits, first):
         pages.words[index, :, part.tile] = insert(pages.words[index, :, part.tile], part)
 
@@ -138,7 +170,8 @@ def dequantize_pages(pages: Pages, spec: QuantSpec | None, dtype: torch.dtype) -
     codes = unpack(pages.words, spec.bits).float()
     assert pages.scale is not None
     scale = pages.scale.float()
-    zero = -symmetric_offset(spec.bits) * scale if pages.zero is None else pages.zero.float()
+    zero = pages.zero
+    zero = -zero_code(spec.bits, spec.grid) * scale if zero is None else zero.float()
     group = spec.group(codes.shape[-1])
     if spec.axis == "channel":
         grouped = codes.unflatten(-2, (-1, group))
@@ -146,6 +179,11 @@ def dequantize_pages(pages: Pages, spec: QuantSpec | None, dtype: torch.dtype) -
     else:
         grouped = codes.unflatten(-1, (-1, group))
         x = torch.addcmul(zero.unsqueeze(-1), grouped, scale.unsqueeze(-1)).flatten(-2, -1)
+    if pages.norm is not None:
+        x = x * pages.norm.float()
+    if pages.center is not None:
+        x = x + pages.center.float().repeat_interleave(PAGE_TOKENS // pages.center.shape[2], 2)
+    x = inverse_hadamard(x, spec.block(x.shape[-1]))
     # Half a step above the largest element a sum can leave float16's range.
     top = torch.finfo(dtype).max
     return x.clamp(-top, top).to(dtype)

@@ -50,8 +50,8 @@ def gather_pages(pages: Pages, spec: QuantSpec | None, table: Tensor, dtype: tor
     """Dense tokens `[B, Hkv, n * 512, D]` of the pages in `table [B, n]`."""
     b, n = table.shape
     index = table.reshape(-1)
-    scale, zero = (None if x is None else x[index] for x in (pages.scale, pages.zero))
-    taken = Pages(pages.words[index], scale, zero)
+    words, *others = pages
+    taken = Pages(words[index], *(None if x is None else x[index] for x in others))
     dense = dequantize_pages(taken, spec, dtype)
     return dense.view(b, n, *dense.shape[1:]).transpose(1, 2).flatten(2, 3)
 

@@ -270,6 +270,12 @@ def supports(
     for name, spec, size in (("key", key, head_dim), ("value", value, value_head_dim)):
         if size > MAX_HEAD_DIM:
             return f"the {name} head dimension {size} is more than {MAX_HEAD_DIM}"
+        for field in ("clip", "transform", "center", "token_norm"):
+            wanted = getattr(spec, field, None)
+            if spec is not None and wanted != getattr(QuantSpec, field):
+                return f"{name}: the kernels do not take {field}={wanted!r}"
+        if spec is not None and spec.grid not in ("asymmetric", "symmetric", "least_squares"):
+            return f"{name}: the kernels do not take grid={spec.grid!r}"
         try:
             _flat(spec, size)
         except ValueError as error:
@@ -313,8 +319,8 @@ def decode_attention(
     """
     out: tuple[Tensor, Tensor] = torch.ops.kivi.decode_attention(
         q,
-        *view.key,
-        *view.value,
+        *view.key[:3],
+        *view.value[:3],
         view.table,
         view.packed,
         view.exact_key,

@@ -123,4 +123,4 @@ def quantize_pack(
     if valid is not None:
         valid = valid.expand(x.shape[:3])
     of_spec = (spec.bits, spec.axis, spec.group_size, spec.grid) if spec else (0, "", None, "")
-    torch.ops.kivi.quantize_pack.default(*pages, x, page, first, valid, *of_spec)
+    torch.ops.kivi.quantize_pack.default(*pages[:3], x, page, first, valid, *of_spec)
