@@ -67,8 +67,10 @@ def _inverse(scale: Tensor) -> Tensor:
 # Whole numbers: their sums are exact, so that their order does not matter (see `fit`). Sums of
 # squares over a group of 512 fit int32.
 FIXED = 2**10
-# Where the refit of an unbiased grid starts: the part of the largest element that codes cover.
-START = {1: 1.0, 2: 0.7, 3: 0.8, 4: 0.9, 8: 1.0}
+# Where the refit of an unbiased grid starts. Few levels: the step that is best for a Gaussian, in
+# standard deviations (Max, 1960, table II); many must reach the largest element, or most of it.
+STEP = {1: 1.596, 2: 0.9957, 3: 0.586}
+COVER = {4: 0.9, 8: 1.0}
 
 
 def fixed_point(x: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,11 +107,13 @@ def divide(x: Tensor, norm: Tensor) -> Tensor:
     return x * _inverse(norm)
 
 
-def unbiased_scale(x: Tensor, codes: Tensor, valid: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+def unbiased_scale(
+    x: Tensor, codes: Tensor, valid: Tensor, bits: int, dtype: torch.dtype
+) -> Tensor:
     """The stored scale with which midpoint codes keep `<quantized, x> = <x, x>`.
 
     A code of least squared error is a shrunk estimate of x: attention scores computed with it are
-    too small, all the more the coarser the grid (EDEN, 2108.08842, section 3, scales in this way).
+    too small, all the more the coarser the grid. EDEN (2108.08842) scales in this way.
     """
     parts, peak = fixed_point(x, valid)
     level = (2 * codes - (2**bits - 1)).to(torch.int32)
@@ -123,8 +127,12 @@ def _midpoint(
     """`fit` for grids with 0 halfway between two codes."""
     top = 2**bits - 1
     parts, peak = fixed_point(x, valid)
-    cover = clip if grid == "midpoint" else START[bits]
-    scale = _store_scale(peak * (cover * 2 / top), peak, dtype)
+    if grid == "unbiased" and bits in STEP:
+        count = (valid & x.isfinite()).expand_as(x).sum(-1, keepdim=True).clamp_min(1).float()
+        start = (total(parts * parts) / count).sqrt() * (STEP[bits] / FIXED) * peak
+    else:
+        start = peak * ((clip if grid == "midpoint" else COVER[bits]) * 2 / top)
+    scale = _store_scale(start, peak, dtype)
     if grid == "unbiased":
         codes = torch.where(valid, encode(x, scale, -top / 2 * scale, bits), 0.0)
         level = (2 * codes - top).to(torch.int32)

@@ -13,7 +13,7 @@ from kivi.checks import check_finite_tensor, check_tensor
 from kivi.grids import divide, encode, fit, mean, metadata_dtype, norm, unbiased_scale, zero_code
 from kivi.packing import insert, pack_unit, unpack
 from kivi.spec import PAGE_TOKENS, TILE_ROWS, QuantSpec
-from kivi.transforms import hadamard, inverse_hadamard
+from kivi.transforms import hadamard, inverse_hadamard, smooth_factor
 
 
 class Pages(NamedTuple):
@@ -185,6 +185,11 @@ def dequantize_pages(pages: Pages, spec: QuantSpec | None, dtype: torch.dtype) -
         x = x + pages.center.float().repeat_interleave(PAGE_TOKENS // pages.center.shape[2], 2)
     x = inverse_hadamard(x, spec.block(x.shape[-1]))
     # Half a step above the largest element a sum can leave float16's range.
+    return saturate(x, dtype)
+
+
+def saturate(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x` in `dtype`, finite."""
     top = torch.finfo(dtype).max
     return x.clamp(-top, top).to(dtype)
 
@@ -193,17 +198,19 @@ def dequantize_pages(pages: Pages, spec: QuantSpec | None, dtype: torch.dtype) -
 class PackedTensor:
     """A quantized tensor `[B, Hkv, T, D]` in the cache's own page format.
 
-    `pages.words` is `[B * n, Hkv, ...]` with `n = ceil(T / 512)` pages for each sequence.
+    `pages.words` is `[B * n, Hkv, ...]` with `n = ceil(T / 512)` pages for each sequence; `smooth`
+    `[B, Hkv, 1, D]` what their channels were divided by, if the spec asks for it.
     """
 
     pages: Pages
     spec: QuantSpec | None
     shape: tuple[int, int, int, int]
     dtype: torch.dtype
+    smooth: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated, whole pages counted."""
+        """Bytes of the pages, counted whole."""
         return self.pages.nbytes
 
 
@@ -230,15 +237,22 @@ def quantize(
     b, h, t, d = x.shape
     n = max(1, -(-t // PAGE_TOKENS))
     pages = empty_pages(spec, b * n, h, d, x.dtype, x.device)
+    smooth = None
+    if spec is not None and spec.smooth:
+        every = torch.ones(t, dtype=torch.bool, device=x.device)
+        smooth = smooth_factor(x, every, spec.smooth).unsqueeze(2)
+        x = (x / smooth).to(x.dtype)
     padded = F.pad(x, (0, 0, 0, n * PAGE_TOKENS - t)).unflatten(2, (n, PAGE_TOKENS))
     page = torch.arange(b * n, device=x.device)
     token = page[:, None, None] % n * PAGE_TOKENS + torch.arange(PAGE_TOKENS, device=x.device)
     quantize_pack(pages, spec, padded.transpose(1, 2).flatten(0, 1), page, page * 0, token < t)
-    return PackedTensor(pages, spec, (b, h, t, d), x.dtype)
+    return PackedTensor(pages, spec, (b, h, t, d), x.dtype, smooth)
 
 
 def dequantize(packed: PackedTensor) -> Tensor:
     """The tensor `[B, Hkv, T, D]` that a PackedTensor stands for, in its original dtype."""
     b, h, t, d = packed.shape
-    x = dequantize_pages(packed.pages, packed.spec, packed.dtype)
-    return x.view(b, -1, h, PAGE_TOKENS, d).transpose(1, 2).reshape(b, h, -1, d)[:, :, :t]
+    dtype = packed.dtype if packed.smooth is None else torch.float32
+    x = dequantize_pages(packed.pages, packed.spec, dtype)
+    x = x.view(b, -1, h, PAGE_TOKENS, d).transpose(1, 2).reshape(b, h, -1, d)[:, :, :t]
+    return x if packed.smooth is None else saturate(x * packed.smooth, packed.dtype)

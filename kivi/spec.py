@@ -21,6 +21,7 @@ BITS = (1, 2, 3, 4, 8)
 Axis = Literal["channel", "token"]
 Grid = Literal["asymmetric", "symmetric", "least_squares", "midpoint", "unbiased"]
 Transform = Literal["hadamard", "hadamard_32"]
+Smooth = Literal["outliers", "max"]
 
 
 def check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
@@ -59,6 +60,10 @@ class QuantSpec:
         center: per-token only: this many tokens share their channels' means, which are subtracted
             before groups are formed: 16, 32, 64 or 128.
         token_norm: per-channel only: each token is divided by its norm before groups are formed.
+        smooth: before all that, each channel of a sequence is divided by a power of two, found from
+            its first 32 packed tokens (`kivi.transforms.smooth_factor`): `"outliers"` brings
+            channels that vary much more than the mean one down to about three times as much,
+            `"max"` divides by the largest magnitude.
 
     Raises:
         ValueError: for a value that is not in these lists.
@@ -72,6 +77,7 @@ class QuantSpec:
     transform: Transform | None = None
     center: int | None = None
     token_norm: bool = False
+    smooth: Smooth | None = None
 
     def __post_init__(self) -> None:
         check_choice("bits", self.bits, BITS)
@@ -79,6 +85,7 @@ class QuantSpec:
         check_choice("grid", self.grid, get_args(Grid))
         check_choice("transform", self.transform, (*get_args(Transform), None))
         check_choice("token_norm", self.token_norm, (False, True))
+        check_choice("smooth", self.smooth, (*get_args(Smooth), None))
         if type(self.clip) not in (int, float) or not 0 < self.clip <= 1:
             raise ValueError(f"clip={self.clip!r} is not allowed; it must lie in (0, 1]")
         if self.clip != 1 and self.grid == "unbiased":

@@ -8,9 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kivi.kernels.reference import exact_positions, gather_pages
+from kivi.kernels.reference import exact_positions, gather_pages, smooth_factors
 from kivi.packing import units_per_tile
 from kivi.spec import PAGE_TOKENS, TILE_ROWS, KVSpec
+from kivi.transforms import smooth_factor
 from kivi.view import CacheView
 
 SLACK = TILE_ROWS
@@ -146,7 +147,7 @@ def store(
     t, unit, sinks = k.shape[2], spec.unit, spec.sink_length
     units, done = step.units, 0
     if units and fresh:
-        body = [x[:, :, sinks : sinks + units * unit] for x in (k, v)]
+        body = _smoothed(view, spec, [x[:, :, sinks : sinks + units * unit] for x in (k, v)], step)
         done = units * unit // PAGE_TOKENS
         if done:
             page = view.table[:, :done].flatten()
@@ -158,7 +159,7 @@ def store(
         body = [x[:, :, done * PAGE_TOKENS :] for x in body]
         units -= done * PAGE_TOKENS // unit
     elif units:
-        body = _leaving(view, spec, k, v, step)
+        body = _smoothed(view, spec, _leaving(view, spec, k, v, step), step)
     if units:
         first = torch.arange(units, device=k.device) * unit + done * PAGE_TOKENS
         first = view.packed[:, None] + first
@@ -166,6 +167,26 @@ def store(
         pack_units(view, spec, sources, first, first < step.packed[:, None], quantize_pack)
     if t > SLACK:
         _enter(view, spec, k, v, step)
+
+
+def _smoothed(view: CacheView, spec: KVSpec, body: list[Tensor], step: Step) -> list[Tensor]:
+    """Leaving tokens with their channels divided; the first unit of a row says by what."""
+    if view.smooth is None or not view.smooth.shape[2]:
+        return body
+    pairs = [(x, one.smooth) for x, one in zip(body, (spec.key, spec.value), strict=True) if one]
+    every = torch.ones(spec.unit, dtype=torch.bool, device=view.length.device)
+    new = torch.cat([smooth_factor(x, every, smooth) for x, smooth in pairs if smooth], -1)
+    first = ((view.packed == 0) & (step.packed > 0))[:, None, None]
+    view.smooth.copy_(torch.where(first, new, view.smooth))
+    factors = zip(body, smooth_factors(view, spec), strict=True)
+    return [x if f is None else (x / f.unsqueeze(2)).to(x.dtype) for x, f in factors]
+
+
+def new_smooth(spec: KVSpec, key: Tensor, value: Tensor) -> Tensor:
+    """`CacheView.smooth` of empty rows, for exact slots `[B, Hkv, E, D]` of keys and values."""
+    pairs = ((spec.key, key), (spec.value, value))
+    channels = sum(x.shape[3] for one, x in pairs if one is not None and one.smooth)
+    return torch.ones(*key.shape[:2], channels, device=key.device)
 
 
 def _columns(step: Step, rank: Tensor) -> Tensor:
@@ -232,8 +253,9 @@ def unpack_unit(
     column = (packed // PAGE_TOKENS).clamp_max(view.table.shape[1] - 1)[:, None]
     page = view.table.gather(1, column)
     dtype, new = view.exact_key.dtype, []
-    for pages, one in ((view.key, spec.key), (view.value, spec.value)):
-        dense = gather_pages(pages, one, page, dtype)
+    both = ((view.key, spec.key), (view.value, spec.value))
+    for (pages, one), smooth in zip(both, smooth_factors(view, spec), strict=True):
+        dense = gather_pages(pages, one, page, dtype, smooth)
         new.append(dense[row, :, packed[:, None] % PAGE_TOKENS + index].transpose(1, 2))
     return new[0], new[1], position
 
@@ -251,8 +273,9 @@ def dense(view: CacheView, spec: KVSpec, tokens: int) -> tuple[Tensor, Tensor]:
     row = torch.arange(target.shape[0], device=target.device)[:, None]
     pairs = ((view.key, spec.key, view.exact_key), (view.value, spec.value, view.exact_value))
     both = []
-    for pages, one, exact in pairs:
-        x = torch.cat([gather_pages(pages, one, view.table, exact.dtype), exact[:, :, :-1]], 2)
+    for (pages, one, exact), smooth in zip(pairs, smooth_factors(view, spec), strict=True):
+        packed = gather_pages(pages, one, view.table, exact.dtype, smooth)
+        x = torch.cat([packed, exact[:, :, :-1]], 2)
         out = x.new_zeros(x.shape[0], x.shape[1], tokens + 1, x.shape[3])
         out[row, :, target] = x.transpose(1, 2)
         both.append(out[:, :, :tokens])

@@ -1,13 +1,18 @@
-"""Orthogonal maps of the tokens: quantized is the map of a key or value, attention undoes it.
+"""Linear maps of the tokens: quantized is the map of a key or value, attention undoes it.
 
-Keys: `<q, k> = <H q, H k>`, so a kernel may map the query instead. Values: the inverse map of the
-output is the output of the inverse maps.
+Keys: `<q, k> = <M^-T q, M k>`, so a kernel may map the query instead. Values: the inverse map of
+the output is the output of the inverse maps.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from kivi.spec import Smooth
+
+SMOOTHED = 32
+"""Tokens, the first packed ones, that the channels' factors are found from."""
 
 
 def hadamard(x: Tensor, block: int) -> Tensor:
@@ -32,3 +37,33 @@ def _butterflies(x: Tensor, block: int) -> Tensor:
         x = torch.stack([low + high, low - high], -2).flatten(-3)
         step *= 2
     return x
+
+
+def smooth_factor(x: Tensor, valid: Tensor, smooth: Smooth) -> Tensor:
+    """What each channel of a sequence is divided by: powers of two, which round nothing.
+
+    A rotation spreads the error of a channel over all of them. Where queries are small on a channel
+    of outliers, and that is what a model learns, the error must stay in it: "outliers" divides by
+    `max(1, std / (3 * mean std))`. "max" divides by `max|x|`, so that all channels are alike (as
+    SmoothQuant, 2211.10438, eq. 4, with all of the difficulty moved to the queries).
+
+    Args:
+        x: `[..., T, D]`, of which the first 32 tokens count.
+        valid: bool, broadcastable to `[..., T]`.
+        smooth: which.
+
+    Returns:
+        `[..., D]` float32, `2**-14` to `2**14`.
+    """
+    x = x[..., :SMOOTHED, :].float()
+    finite = valid[..., :SMOOTHED, None] & x.isfinite()
+    x = torch.where(finite, x, 0.0)
+    if smooth == "max":
+        ratio = x.abs().amax(-2)
+    else:
+        count = finite.sum(-2).clamp_min(1)
+        rest = torch.where(finite, x - (x.sum(-2) / count).unsqueeze(-2), 0.0)
+        spread = (rest.square().sum(-2) / count).sqrt()
+        ratio = spread / (3 * spread.mean(-1, keepdim=True)).clamp_min(1e-30)
+        ratio = ratio.clamp_min(1.0)
+    return torch.where(ratio > 0, ratio, 1.0).clamp(2.0**-14, 2.0**14).log2().round().exp2()

@@ -16,7 +16,8 @@ class CacheView(NamedTuple):
     `packed [B]` int64: packed tokens of each row. `exact_key`, `exact_value` `[B, Hkv, E, D]`:
     S sink slots, then a ring of W slots, then one bin. `length [B]` int64: tokens of each row.
     Token p of a row is sink slot p if p < S; packed token p - S if p < S + packed; else it lies in
-    ring slot (p - S) mod W.
+    ring slot (p - S) mod W. `smooth [B, Hkv, n]`: what the channels of packed keys, then of values,
+    were divided by, of those that the spec smooths (n = 0 for none).
     """
 
     key: Pages
@@ -26,3 +27,4 @@ class CacheView(NamedTuple):
     exact_key: Tensor
     exact_value: Tensor
     length: Tensor
+    smooth: Tensor | None = None

@@ -270,7 +270,7 @@ def supports(
     for name, spec, size in (("key", key, head_dim), ("value", value, value_head_dim)):
         if size > MAX_HEAD_DIM:
             return f"the {name} head dimension {size} is more than {MAX_HEAD_DIM}"
-        for field in ("clip", "transform", "center", "token_norm"):
+        for field in ("clip", "transform", "center", "token_norm", "smooth"):
             wanted = getattr(spec, field, None)
             if spec is not None and wanted != getattr(QuantSpec, field):
                 return f"{name}: the kernels do not take {field}={wanted!r}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kivi.quantizer import KVQuantizer
-from kivi.spec import KVSpec, QuantSpec
+from kivi.spec import KVSpec, QuantSpec, Smooth
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,13 +16,16 @@ class Plumb(KVQuantizer, name="plumb"):
     C tokens are subtracted, which takes what a bias or a slow rotary channel adds; and what is left
     of a token shares one scale. It is not the scale of least squared error, with which the
     quantized token is too short and its attention score too small, but the one with which it is
-    unbiased: `<x^, x> = <x, x>` (EDEN, 2108.08842, shows it for one vector). Sinks stay exact.
+    unbiased: `<x^, x> = <x, x>` (EDEN, 2108.08842, shows it for one vector). Channels that vary
+    much more than the mean one are scaled down first, so that their error does not spread.
+    Sinks stay exact.
     """
 
     bits: int = 2
     key_bits: int | None = None
     value_bits: int | None = None
     center: int | None = 128
+    smooth: Smooth | None = "outliers"
     residual_length: int = 128
     sink_length: int = 4
 
@@ -36,6 +39,7 @@ class Plumb(KVQuantizer, name="plumb"):
                 "unbiased",
                 transform="hadamard",
                 center=self.center,
+                smooth=self.smooth,
             )
             for bits in (self.key_bits, self.value_bits)
         )
