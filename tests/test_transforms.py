@@ -147,7 +147,7 @@ def test_unbiased_codes_are_as_good_as_a_gaussians_best_uniform_grid(bits, least
     back = dequantize(quantize(x, QuantSpec(bits, "token", None, "unbiased")))
     error = float((back - x).square().mean() / x.square().mean())
     # A scale of its own for each token is a little better than one for the distribution.
-    assert 0.9 < error / (least / (1 - least)) < (1.03 if bits < 4 else 1.25)
+    assert 0.85 < error / (least / (1 - least)) < (1.03 if bits < 4 else 1.25)
 
 
 def test_clip_shrinks_the_range():
