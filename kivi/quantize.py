@@ -12,17 +12,17 @@ from torch import Tensor
 from kivi.checks import check_finite_tensor, check_tensor
 from kivi.grids import divide, encode, fit, mean, metadata_dtype, norm, unbiased_scale, zero_code
 from kivi.packing import insert, pack_unit, unpack
-from kivi.spec import PAGE_TOKENS, TILE_ROWS, QuantSpec
+from kivi.spec import PAGE_TOKENS, TILE_ROWS, OpaqueSpec, QuantSpec, Spec
 from kivi.transforms import hadamard, inverse_hadamard, smooth_factor
 
 
 class Pages(NamedTuple):
     """Storage of N pages of one tensor; every page holds 512 tokens of all heads.
 
-    `words`: `[N, Hkv, bits, 32, D]` int16, or `[N, Hkv, 512, D]` in the tensor's own dtype where
-    nothing is quantized. `scale`, `zero`: 16-bit floats, per-channel `[N, Hkv, 512/G, D]`,
-    per-token `[N, Hkv, 512, D/G]`; `center`: `[N, Hkv, 512/C, D]`, `norm`: `[N, Hkv, 512, 1]`,
-    likewise; None where the spec has none.
+    `words`: `[N, Hkv, bits, 32, D]` int16, `[N, Hkv, 512, D]` in the tensor's own dtype where
+    nothing is quantized, or `[N, Hkv, 512/U, bytes]` uint8 for an OpaqueSpec. `scale`, `zero`:
+    16-bit floats, per-channel `[N, Hkv, 512/G, D]`, per-token `[N, Hkv, 512, D/G]`; `center`
+    `[N, Hkv, 512/C, D]` and `norm` `[N, Hkv, 512, 1]` likewise; None where the spec has none.
     """
 
     words: Tensor
@@ -38,7 +38,7 @@ class Pages(NamedTuple):
 
 
 def empty_pages(
-    spec: QuantSpec | None,
+    spec: Spec | None,
     pages: int,
     num_kv_heads: int,
     head_dim: int,
@@ -49,6 +49,9 @@ def empty_pages(
     if spec is None:
         shape = (pages, num_kv_heads, PAGE_TOKENS, head_dim)
         return Pages(torch.zeros(shape, dtype=dtype, device=device), None, None)
+    if isinstance(spec, OpaqueSpec):
+        shape = (pages, num_kv_heads, PAGE_TOKENS // spec.unit, spec.nbytes(head_dim))
+        return Pages(torch.zeros(shape, dtype=torch.uint8, device=device), None, None)
     group = spec.group(head_dim)
     words = (pages, num_kv_heads, spec.bits, TILE_ROWS, head_dim)
     groups = (
@@ -128,7 +131,7 @@ def quantize_unit(x: Tensor, spec: QuantSpec, valid: Tensor | None = None) -> Un
 
 def quantize_pack(
     pages: Pages,
-    spec: QuantSpec | None,
+    spec: Spec | None,
     x: Tensor,
     page: Tensor,
     first: Tensor,
@@ -152,6 +155,9 @@ def quantize_pack(
     if spec is None:
         pages.words[index, :, row] = x.transpose(1, 2)
         return
+    if isinstance(spec, OpaqueSpec):
+        _encode(pages, spec, x, index, first, valid)
+        return
     unit = quantize_unit(x, spec, valid)
     for stored, new in zip(pages[1:], unit[1:], strict=True):
         if stored is not None and new is not None:
@@ -163,10 +169,36 @@ def quantize_pack(
         pages.words[index, :, part.tile] = insert(pages.words[index, :, part.tile], part)
 
 
-def dequantize_pages(pages: Pages, spec: QuantSpec | None, dtype: torch.dtype) -> Tensor:
-    """All tokens of the pages, `[N, Hkv, 512, D]` in `dtype`; computed in float32, saturated."""
+def _encode(
+    pages: Pages,
+    spec: OpaqueSpec,
+    x: Tensor,
+    index: Tensor,
+    first: Tensor,
+    valid: Tensor | None,
+) -> None:
+    """`quantize_pack` for a format of its own."""
+    if valid is None:
+        valid = torch.ones(x.shape[2], dtype=torch.bool, device=x.device)
+    units = x.float().unflatten(2, (-1, spec.unit))
+    parts = spec.encode(units, valid.unflatten(-1, (-1, spec.unit)))
+    data = torch.cat([part.contiguous().view(torch.uint8) for part in parts], -1)
+    row = first[:, None] // spec.unit + torch.arange(units.shape[2], device=x.device)
+    pages.words[index, :, row] = data.transpose(1, 2)
+
+
+def dequantize_pages(
+    pages: Pages, spec: Spec | None, dtype: torch.dtype, head_dim: int | None = None
+) -> Tensor:
+    """All tokens of the pages, `[N, Hkv, 512, D]` in `dtype`; computed in float32, saturated.
+
+    `head_dim`: D, which the pages of an OpaqueSpec do not tell.
+    """
     if spec is None:
         return pages.words.to(dtype)
+    if isinstance(spec, OpaqueSpec):
+        assert head_dim is not None
+        return saturate(spec.decode(pages.words, head_dim).flatten(2, 3), dtype)
     codes = unpack(pages.words, spec.bits).float()
     assert pages.scale is not None
     scale = pages.scale.float()
@@ -203,7 +235,7 @@ class PackedTensor:
     """
 
     pages: Pages
-    spec: QuantSpec | None
+    spec: Spec | None
     shape: tuple[int, int, int, int]
     dtype: torch.dtype
     smooth: Tensor | None = None
@@ -216,7 +248,7 @@ class PackedTensor:
 
 @torch.no_grad()
 def quantize(
-    x: Tensor, spec: QuantSpec | None, *, name: str = "x", check_finite: bool = False
+    x: Tensor, spec: Spec | None, *, name: str = "x", check_finite: bool = False
 ) -> PackedTensor:
     """Quantize a whole tensor.
 
@@ -253,6 +285,6 @@ def dequantize(packed: PackedTensor) -> Tensor:
     """The tensor `[B, Hkv, T, D]` that a PackedTensor stands for, in its original dtype."""
     b, h, t, d = packed.shape
     dtype = packed.dtype if packed.smooth is None else torch.float32
-    x = dequantize_pages(packed.pages, packed.spec, dtype)
+    x = dequantize_pages(packed.pages, packed.spec, dtype, d)
     x = x.view(b, -1, h, PAGE_TOKENS, d).transpose(1, 2).reshape(b, h, -1, d)[:, :, :t]
     return x if packed.smooth is None else saturate(x * packed.smooth, packed.dtype)

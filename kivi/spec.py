@@ -7,8 +7,12 @@ page `P` = 512 [tokens], residual length `R` [tokens kept exact at the end], sin
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PAGE_TOKENS = 512
 """Tokens in a page, whatever the bits, so that keys and values share one block table."""
@@ -154,12 +158,62 @@ class QuantSpec:
         return self.bits + WORD_BITS * (shared + (1 / self.center if self.center else 0))
 
 
+class OpaqueSpec(ABC):
+    """How one tensor is stored by a scheme that no QuantSpec describes: a frozen dataclass.
+
+    It says what a unit of tokens becomes and back; paging, caching, torch.compile, transformers and
+    the evaluations are generic. There is no fused kernel for it: attention decodes whole pages.
+
+    `bits`: of a code, for tables. `unit`: tokens that are encoded together, a power of two up to
+    512. `stable`: whether a tensor that was decoded encodes to about itself; a random sketch
+    does not.
+    """
+
+    bits: int
+    unit: int = 1
+    stable: bool = True
+    smooth: None = None
+
+    @abstractmethod
+    def nbytes(self, head_dim: int) -> int:
+        """Bytes of an encoded unit.
+
+        Raises:
+            ValueError: for a head dimension that does not fit.
+        """
+
+    @abstractmethod
+    def encode(self, x: Tensor, valid: Tensor) -> tuple[Tensor, ...]:
+        """Encode units; no token that is not valid may change what others become.
+
+        Args:
+            x: `[..., unit, D]` float32.
+            valid: bool, broadcastable to `[..., unit]`.
+
+        Returns:
+            Tensors `[..., n]` of any dtypes, together `nbytes` bytes for each unit.
+        """
+
+    @abstractmethod
+    def decode(self, data: Tensor, head_dim: int) -> Tensor:
+        """The tokens `[..., unit, D]` float32 of encoded units, `[..., nbytes]` uint8."""
+
+    def bits_per_element(self, head_dim: int) -> float:
+        """Bits stored for an element, everything counted."""
+        check_count("head_dim", head_dim, 1)
+        return 8 * self.nbytes(head_dim) / (self.unit * head_dim)
+
+
+Spec = QuantSpec | OpaqueSpec
+"""How one tensor is quantized."""
+
+
 @dataclass(frozen=True)
 class KVSpec:
     """How a layer's keys and values are kept.
 
     Args:
-        key: the keys' QuantSpec, or None to keep them in the model's own dtype.
+        key: the keys' spec, or None to keep them in the model's own dtype.
         value: likewise for the values.
         residual_length: R, the most recent tokens that always stay exact.
         sink_length: S, the first tokens that always stay exact.
@@ -168,8 +222,8 @@ class KVSpec:
         ValueError: for a negative or non-integer length.
     """
 
-    key: QuantSpec | None
-    value: QuantSpec | None
+    key: Spec | None
+    value: Spec | None
     residual_length: int = 128
     sink_length: int = 0
 

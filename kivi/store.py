@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kivi.kernels.reference import exact_positions, gather_pages, smooth_factors
 from kivi.packing import units_per_tile
-from kivi.spec import PAGE_TOKENS, TILE_ROWS, KVSpec
+from kivi.spec import PAGE_TOKENS, TILE_ROWS, KVSpec, QuantSpec
 from kivi.transforms import smooth_factor
 from kivi.view import CacheView
 
@@ -114,7 +114,7 @@ def pack_units(
     for x, pages, one in zip(sources, (view.key, view.value), specs, strict=True):
         unit = x.shape[3]
         # Units that may fall into one word tile are written one call after the other.
-        stride = units_per_tile(one.bits, unit) if one else 1
+        stride = units_per_tile(one.bits, unit) if isinstance(one, QuantSpec) else 1
         for start in range(min(stride, x.shape[2])):
             pick = slice(start, None, stride)
             run = x[:, :, pick].transpose(1, 2).flatten(0, 1)
@@ -253,9 +253,12 @@ def unpack_unit(
     column = (packed // PAGE_TOKENS).clamp_max(view.table.shape[1] - 1)[:, None]
     page = view.table.gather(1, column)
     dtype, new = view.exact_key.dtype, []
-    both = ((view.key, spec.key), (view.value, spec.value))
-    for (pages, one), smooth in zip(both, smooth_factors(view, spec), strict=True):
-        dense = gather_pages(pages, one, page, dtype, smooth)
+    both = (
+        (view.key, spec.key, view.exact_key.shape[3]),
+        (view.value, spec.value, view.exact_value.shape[3]),
+    )
+    for (pages, one, size), smooth in zip(both, smooth_factors(view, spec), strict=True):
+        dense = gather_pages(pages, one, page, dtype, size, smooth)
         new.append(dense[row, :, packed[:, None] % PAGE_TOKENS + index].transpose(1, 2))
     return new[0], new[1], position
 
@@ -274,7 +277,7 @@ def dense(view: CacheView, spec: KVSpec, tokens: int) -> tuple[Tensor, Tensor]:
     pairs = ((view.key, spec.key, view.exact_key), (view.value, spec.value, view.exact_value))
     both = []
     for (pages, one, exact), smooth in zip(pairs, smooth_factors(view, spec), strict=True):
-        packed = gather_pages(pages, one, view.table, exact.dtype, smooth)
+        packed = gather_pages(pages, one, view.table, exact.dtype, exact.shape[3], smooth)
         x = torch.cat([packed, exact[:, :, :-1]], 2)
         out = x.new_zeros(x.shape[0], x.shape[1], tokens + 1, x.shape[3])
         out[row, :, target] = x.transpose(1, 2)

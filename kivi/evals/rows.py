@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from kivi.evals.ablation import SchemeScores
 from kivi.quantizer import KVQuantizer
-from kivi.spec import WORD_BITS, QuantSpec
+from kivi.spec import WORD_BITS, QuantSpec, Spec
 
 
 @dataclass(frozen=True)
@@ -74,13 +74,13 @@ def make_row(scores: SchemeScores, scheme: KVQuantizer, head_dim: int) -> Row:
     )
 
 
-def _bits(spec: QuantSpec | None) -> int:
+def _bits(spec: Spec | None) -> int:
     return spec.bits if spec else WORD_BITS
 
 
-def _group_size(key: QuantSpec | None, value: QuantSpec | None, head_dim: int) -> str:
+def _group_size(key: Spec | None, value: Spec | None, head_dim: int) -> str:
     """`32`, or `128/32` where keys and values differ, `-` for what has none."""
-    both = [str(s.group(head_dim)) if s else "-" for s in (key, value)]
+    both = [str(s.group(head_dim)) if isinstance(s, QuantSpec) else "-" for s in (key, value)]
     return both[0] if both[0] == both[1] else "/".join(both)
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kivi.quantize import Pages, dequantize_pages, quantize_pack, saturate
-from kivi.spec import PAGE_TOKENS, KVSpec, QuantSpec
+from kivi.spec import PAGE_TOKENS, KVSpec, Spec
 from kivi.view import CacheView
 
 __all__ = [
@@ -61,9 +61,10 @@ def smooth_factors(view: CacheView, spec: KVSpec) -> tuple[Tensor | None, Tensor
 
 def gather_pages(
     pages: Pages,
-    spec: QuantSpec | None,
+    spec: Spec | None,
     table: Tensor,
     dtype: torch.dtype,
+    head_dim: int,
     smooth: Tensor | None = None,
 ) -> Tensor:
     """Dense tokens `[B, Hkv, n * 512, D]` of the pages in `table [B, n]`; `smooth [B, Hkv, D]`."""
@@ -71,7 +72,7 @@ def gather_pages(
     index = table.reshape(-1)
     words, *others = pages
     taken = Pages(words[index], *(None if x is None else x[index] for x in others))
-    dense = dequantize_pages(taken, spec, dtype if smooth is None else torch.float32)
+    dense = dequantize_pages(taken, spec, dtype if smooth is None else torch.float32, head_dim)
     dense = dense.view(b, n, *dense.shape[1:]).transpose(1, 2).flatten(2, 3)
     return dense if smooth is None else saturate(dense * smooth.unsqueeze(2), dtype)
 
@@ -168,8 +169,9 @@ def _cached_parts(
         table = view.table[:, start : start + block]
         index = torch.arange(table.shape[1] * PAGE_TOKENS, device=q.device) + start * PAGE_TOKENS
         visible = index < view.packed[:, None]
-        k = gather_pages(view.key, spec.key, table, q.dtype, smooth[0])
-        v = gather_pages(view.value, spec.value, table, q.dtype, smooth[1])
+        sizes = view.exact_key.shape[3], view.exact_value.shape[3]
+        k = gather_pages(view.key, spec.key, table, q.dtype, sizes[0], smooth[0])
+        v = gather_pages(view.value, spec.value, table, q.dtype, sizes[1], smooth[1])
         parts.append(part(k, v, (sinks + index).expand(b, -1), visible))
     return parts
 

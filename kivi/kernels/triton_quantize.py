@@ -16,7 +16,7 @@ from kivi.grids import metadata_dtype, refit_unit, symmetric_offset
 from kivi.kernels.triton_pack import copy_tokens, quantize_tiles
 from kivi.packing import widths
 from kivi.quantize import Pages
-from kivi.spec import TILE_ROWS, WORD_BITS, QuantSpec
+from kivi.spec import TILE_ROWS, WORD_BITS, QuantSpec, Spec
 
 
 @cache
@@ -113,7 +113,7 @@ torch.library.register_fake("kivi::quantize_pack", lambda *_: None, lib=_LIBRARY
 
 def quantize_pack(
     pages: Pages,
-    spec: QuantSpec | None,
+    spec: Spec | None,
     x: Tensor,
     page: Tensor,
     first: Tensor,
@@ -122,5 +122,6 @@ def quantize_pack(
     """`quantize.quantize_pack`, as the operator `kivi::quantize_pack`; pages are contiguous."""
     if valid is not None:
         valid = valid.expand(x.shape[:3])
+    assert spec is None or isinstance(spec, QuantSpec)
     of_spec = (spec.bits, spec.axis, spec.group_size, spec.grid) if spec else (0, "", None, "")
     torch.ops.kivi.quantize_pack.default(*pages[:3], x, page, first, valid, *of_spec)
