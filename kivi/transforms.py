@@ -6,6 +6,8 @@ the output is the output of the inverse maps.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -67,3 +69,25 @@ def smooth_factor(x: Tensor, valid: Tensor, smooth: Smooth) -> Tensor:
         ratio = spread / (3 * spread.mean(-1, keepdim=True)).clamp_min(1e-30)
         ratio = ratio.clamp_min(1.0)
     return torch.where(ratio > 0, ratio, 1.0).clamp(2.0**-14, 2.0**14).log2().round().exp2()
+
+
+@cache
+def _random_matrix(rows: int, columns: int, orthogonal: bool) -> Tensor:
+    generator = torch.Generator().manual_seed(columns + orthogonal)
+    x = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+    if orthogonal:
+        x = torch.linalg.qr(x.unflatten(0, (-1, columns)))[0].flatten(0, 1)
+    return x.float()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def random_matrix(rows: int, columns: int, orthogonal: bool, device: torch.device) -> Tensor:
+    """A fixed random matrix `[rows, columns]`, the same wherever it is asked for.
+
+    Args:
+        rows: a multiple of `columns` if orthogonal.
+        columns: D.
+        orthogonal: each block of D rows is orthonormal; else elements are standard Gaussian.
+        device: where it is wanted.
+    """
+    return _random_matrix(rows, columns, orthogonal).to(device)

@@ -24,9 +24,7 @@ class E2M1(OpaqueSpec):
     def nbytes(self, head_dim: int) -> int:
         """See OpaqueSpec."""
         if head_dim % GROUP:
-            raise ValueError(
-                f"head_dim={head_dim} is not allowed; it must be a multiple of {GROUP}"
-            )
+            raise ValueError(f"head_dim={head_dim} is not allowed; choose a multiple of {GROUP}")
         return head_dim // 2 + head_dim // GROUP
 
     def encode(self, x: Tensor, valid: Tensor) -> tuple[Tensor, ...]:
@@ -46,7 +44,8 @@ class E2M1(OpaqueSpec):
         levels = torch.tensor([*LEVELS, *(-x for x in LEVELS)], device=data.device)
         groups = levels[split_bits(codes, 4)].unflatten(-1, (-1, GROUP))
         scale = scale.contiguous().view(torch.float8_e4m3fn).float()
-        return (groups * scale.unsqueeze(-1)).flatten(-2).unsqueeze(-2)
+        x: Tensor = (groups * scale.unsqueeze(-1)).flatten(-2)
+        return x.unsqueeze(-2)
 
 
 @dataclass(frozen=True, kw_only=True)

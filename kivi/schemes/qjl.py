@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -12,22 +11,15 @@ from torch import Tensor
 from kivi.packing import join_bits, split_bits
 from kivi.quantizer import KVQuantizer
 from kivi.spec import KVSpec, OpaqueSpec, QuantSpec, check_count
-
-
-@torch.compiler.assume_constant_result
-@cache
-def projection(head_dim: int, rows: int, device: torch.device) -> Tensor:
-    """S `[rows, D]`, fixed: random Gaussian with orthogonal blocks of D rows (section 3.3)."""
-    generator = torch.Generator().manual_seed(head_dim)
-    x = torch.randn(rows // head_dim, head_dim, head_dim, generator=generator, dtype=torch.float64)
-    return (torch.linalg.qr(x)[0].flatten(0, 1) * math.sqrt(head_dim)).float().to(device)
+from kivi.transforms import random_matrix
 
 
 @dataclass(frozen=True)
 class Sketch(OpaqueSpec):
     """`sign(S k)` and `|k|`; the score is `sqrt(pi/2) / m |k| <S q, sign(S k)>` (definition 3.1).
 
-    `bits` is m / D. The score is linear in q, so a key decodes to `sqrt(pi/2) / m |k| S^T sign`.
+    S is Gaussian with orthogonal blocks of D rows (section 3.3), of norm sqrt(D); `bits` is m / D.
+    The score is linear in q, so a key decodes to `sqrt(pi/2) / m |k| S^T sign(S k)`.
     """
 
     bits: int
@@ -43,15 +35,16 @@ class Sketch(OpaqueSpec):
         """See OpaqueSpec."""
         x = x.squeeze(-2).nan_to_num(0.0, 0.0, 0.0)
         d, norm = x.shape[-1], x.norm(dim=-1, keepdim=True)
-        sign = x @ projection(d, self.bits * d, x.device).T >= 0
+        sign = x @ random_matrix(self.bits * d, d, True, x.device).T >= 0
         return join_bits(sign, 1), norm.clamp_max(65504).half()
 
     def decode(self, data: Tensor, head_dim: int) -> Tensor:
         """See OpaqueSpec."""
         sketch, norm = data[..., :-2], data[..., -2:].contiguous().view(torch.float16)
         rows = self.bits * head_dim
-        back = (2.0 * split_bits(sketch, 1) - 1) @ projection(head_dim, rows, data.device)
-        return (math.sqrt(math.pi / 2) / rows * norm * back).unsqueeze(-2)
+        projection = random_matrix(rows, head_dim, True, data.device)
+        back: Tensor = (2.0 * split_bits(sketch, 1) - 1) @ projection
+        return (math.sqrt(math.pi / 2 * head_dim) / rows * norm * back).unsqueeze(-2)
 
 
 @dataclass(frozen=True, kw_only=True)

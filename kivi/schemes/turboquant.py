@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cache
 from typing import Literal
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 from kivi.packing import join_bits, split_bits
 from kivi.quantizer import KVQuantizer
 from kivi.spec import KVSpec, OpaqueSpec, check_choice
+from kivi.transforms import random_matrix
 
 # Lloyd and Max's levels of a standard Gaussian (Max, 1960, table I), positive half.
 LEVELS = {
@@ -21,15 +21,6 @@ LEVELS = {
     3: (0.2451, 0.7560, 1.344, 2.152),
     4: (0.1284, 0.3881, 0.6568, 0.9424, 1.256, 1.618, 2.069, 2.733),
 }
-
-
-@torch.compiler.assume_constant_result
-@cache
-def random_matrix(head_dim: int, kind: str, device: torch.device) -> Tensor:
-    """A fixed random `[D, D]` matrix: "rotation" or "gaussian"."""
-    generator = torch.Generator().manual_seed(head_dim + (kind == "gaussian"))
-    x = torch.randn(head_dim, head_dim, generator=generator, dtype=torch.float64)
-    return (torch.linalg.qr(x)[0] if kind == "rotation" else x).float().to(device)
 
 
 @dataclass(frozen=True)
@@ -59,14 +50,14 @@ class Turbo(OpaqueSpec):
         x = x.squeeze(-2).nan_to_num(0.0, 0.0, 0.0)
         d, norm = x.shape[-1], x.norm(dim=-1, keepdim=True)
         unit = x / norm.clamp_min(1e-30)
-        rotation, levels = random_matrix(d, "rotation", x.device), self._levels(x.device)
+        rotation, levels = random_matrix(d, d, True, x.device), self._levels(x.device)
         place = unit @ rotation.T * math.sqrt(d)
         codes = torch.bucketize(place.contiguous(), (levels[1:] + levels[:-1]) / 2)
         stored = norm.clamp_max(65504).half()
         parts = [join_bits(codes, self.bits - self.product), stored]
         if self.product:
             rest = unit - levels[codes] @ rotation / math.sqrt(d)
-            sketch = rest @ random_matrix(d, "gaussian", x.device).T >= 0
+            sketch = rest @ random_matrix(d, d, False, x.device).T >= 0
             parts += [join_bits(sketch, 1), rest.norm(dim=-1, keepdim=True).half()]
         return tuple(parts)
 
@@ -75,14 +66,12 @@ class Turbo(OpaqueSpec):
         bits = self.bits - self.product
         sizes = [bits * head_dim // 8, 2, *([head_dim // 8, 2] if self.product else [])]
         codes, norm, *others = data.split(sizes, -1)
-        levels, rotation = (
-            self._levels(data.device),
-            random_matrix(head_dim, "rotation", data.device),
-        )
-        unit = levels[split_bits(codes, bits)] @ rotation / math.sqrt(head_dim)
+        levels = self._levels(data.device)
+        rotation = random_matrix(head_dim, head_dim, True, data.device)
+        unit: Tensor = levels[split_bits(codes, bits)] @ rotation / math.sqrt(head_dim)
         if self.product:
             sign = 2.0 * split_bits(others[0], 1) - 1
-            back = sign @ random_matrix(head_dim, "gaussian", data.device)
+            back = sign @ random_matrix(head_dim, head_dim, False, data.device)
             length = others[1].contiguous().view(torch.float16)
             unit = unit + math.sqrt(math.pi / 2) / head_dim * length * back
         return (unit * norm.contiguous().view(torch.float16).float()).unsqueeze(-2)
