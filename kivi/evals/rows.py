@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
+from kivi.attention import why_not_fused
 from kivi.evals.ablation import SchemeScores
 from kivi.quantizer import KVQuantizer
 from kivi.spec import WORD_BITS, QuantSpec, Spec
@@ -40,6 +43,7 @@ class Row:
     attention_error: float | None
     cache_bytes: int
     cache_bytes_used: int
+    fused_kernel: bool
 
 
 def make_row(scores: SchemeScores, scheme: KVQuantizer, head_dim: int) -> Row:
@@ -71,6 +75,7 @@ def make_row(scores: SchemeScores, scheme: KVQuantizer, head_dim: int) -> Row:
         attention_error=sum(layers) / len(layers) if layers else None,
         cache_bytes=decode.size.allocated,
         cache_bytes_used=decode.size.used,
+        fused_kernel=why_not_fused(spec, head_dim, torch.float16) is None,
     )
 
 
@@ -118,6 +123,7 @@ COLUMNS = (
     ("passkey", "passkey"),
     ("attention_error", "attn error"),
     ("cache_bytes", "cache MiB"),
+    ("fused_kernel", "kernel"),
 )
 """Columns for people: key and heading."""
 
@@ -136,6 +142,7 @@ def cells(row: Row) -> dict[str, str]:
         "passkey": "" if row.passkey is None else f"{row.passkey:.0%}",
         "attention_error": "" if row.attention_error is None else f"{row.attention_error:.2%}",
         "cache_bytes": megabytes(row.cache_bytes),
+        "fused_kernel": "fused" if row.fused_kernel else "",
     }
 
 

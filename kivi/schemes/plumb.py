@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kivi.quantizer import KVQuantizer
-from kivi.spec import KVSpec, QuantSpec, Smooth
+from kivi.spec import Grid, KVSpec, QuantSpec, Smooth, Transform
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +24,8 @@ class Plumb(KVQuantizer, name="plumb"):
     bits: int = 2
     key_bits: int | None = None
     value_bits: int | None = None
+    grid: Grid = "unbiased"
+    transform: Transform | None = "hadamard"
     center: int | None = 128
     smooth: Smooth | None = "outliers"
     residual_length: int = 128
@@ -36,8 +38,8 @@ class Plumb(KVQuantizer, name="plumb"):
                 self.bits if bits is None else bits,
                 "token",
                 None,
-                "unbiased",
-                transform="hadamard",
+                self.grid,
+                transform=self.transform,
                 center=self.center,
                 smooth=self.smooth,
             )

@@ -44,7 +44,7 @@ class Sketch(OpaqueSpec):
         rows = self.bits * head_dim
         projection = random_matrix(rows, head_dim, True, data.device)
         back: Tensor = (2.0 * split_bits(sketch, 1) - 1) @ projection
-        return (math.sqrt(math.pi / 2 * head_dim) / rows * norm * back).unsqueeze(-2)
+        return (math.sqrt(math.pi / 2 * head_dim) / rows * norm.float() * back).unsqueeze(-2)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -72,9 +72,10 @@ class Turbo(OpaqueSpec):
         if self.product:
             sign = 2.0 * split_bits(others[0], 1) - 1
             back = sign @ random_matrix(head_dim, head_dim, False, data.device)
-            length = others[1].contiguous().view(torch.float16)
-            unit = unit + math.sqrt(math.pi / 2) / head_dim * length * back
-        return (unit * norm.contiguous().view(torch.float16).float()).unsqueeze(-2)
+            length = others[1].contiguous().view(torch.float16).float()
+            unit += math.sqrt(math.pi / 2) / head_dim * length * back
+        unit = unit * norm.contiguous().view(torch.float16).float()
+        return unit.unsqueeze(-2)
 
 
 @dataclass(frozen=True, kw_only=True)
