@@ -66,7 +66,7 @@ class QuantSpec:
         token_norm: per-channel only: each token is divided by its norm before groups are formed.
         smooth: before all that, each channel of a sequence is divided by a power of two, found from
             its first 32 packed tokens (`kivi.transforms.smooth_factor`): `"outliers"` brings
-            channels that vary much more than the mean one down to about three times as much,
+            channels that vary much more than the median one down to about four times as much,
             `"max"` divides by the largest magnitude.
 
     Raises:

@@ -46,8 +46,9 @@ def smooth_factor(x: Tensor, valid: Tensor, smooth: Smooth) -> Tensor:
 
     A rotation spreads the error of a channel over all of them. Where queries are small on a channel
     of outliers, and that is what a model learns, the error must stay in it: "outliers" divides by
-    `max(1, std / (3 * mean std))`. "max" divides by `max|x|`, so that all channels are alike (as
-    SmoothQuant, 2211.10438, eq. 4, with all of the difficulty moved to the queries).
+    `max(1, std / (4 * typical std))`, typical being the median, at least a 16th of the mean. "max"
+    divides by `max|x|`, so that all channels are alike (as SmoothQuant, 2211.10438, eq. 4, with all
+    of the difficulty moved to the queries).
 
     Args:
         x: `[..., T, D]`, of which the first 32 tokens count.
@@ -66,7 +67,9 @@ def smooth_factor(x: Tensor, valid: Tensor, smooth: Smooth) -> Tensor:
         count = finite.sum(-2).clamp_min(1)
         rest = torch.where(finite, x - (x.sum(-2) / count).unsqueeze(-2), 0.0)
         spread = (rest.square().sum(-2) / count).sqrt()
-        ratio = spread / (3 * spread.mean(-1, keepdim=True)).clamp_min(1e-30)
+        typical = spread.median(-1, keepdim=True).values
+        typical = torch.maximum(typical, spread.mean(-1, keepdim=True) / 16)
+        ratio = spread / (4 * typical).clamp_min(1e-30)
         ratio = ratio.clamp_min(1.0)
     return torch.where(ratio > 0, ratio, 1.0).clamp(2.0**-14, 2.0**14).log2().round().exp2()
 

@@ -17,7 +17,7 @@ class Plumb(KVQuantizer, name="plumb"):
     of a token shares one scale. It is not the scale of least squared error, with which the
     quantized token is too short and its attention score too small, but the one with which it is
     unbiased: `<x^, x> = <x, x>` (EDEN, 2108.08842, shows it for one vector). Channels that vary
-    much more than the mean one are scaled down first, so that their error does not spread.
+    much more than the median one are scaled down first, so that their error does not spread.
     Sinks stay exact.
     """
 
