@@ -124,3 +124,8 @@ def split_bits(data: Tensor, bits: int) -> Tensor:
     each = each.flatten(-2).unflatten(-1, (-1, bits))
     codes: Tensor = (each << torch.arange(bits, device=data.device)).sum(-1)
     return codes
+
+
+def of_bytes(data: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bytes `[..., n]` as numbers of a dtype; a copy, so that they lie where the dtype wants."""
+    return data.clone(memory_format=torch.contiguous_format).view(dtype)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kivi.packing import join_bits, split_bits
+from kivi.packing import join_bits, of_bytes, split_bits
 from kivi.quantizer import KVQuantizer
 from kivi.spec import KVSpec, OpaqueSpec
 
@@ -43,7 +43,7 @@ class E2M1(OpaqueSpec):
         codes, scale = data.split([head_dim // 2, head_dim // GROUP], -1)
         levels = torch.tensor([*LEVELS, *(-x for x in LEVELS)], device=data.device)
         groups = levels[split_bits(codes, 4)].unflatten(-1, (-1, GROUP))
-        scale = scale.contiguous().view(torch.float8_e4m3fn).float()
+        scale = of_bytes(scale, torch.float8_e4m3fn).float()
         x: Tensor = (groups * scale.unsqueeze(-1)).flatten(-2)
         return x.unsqueeze(-2)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kivi.packing import join_bits, split_bits
+from kivi.packing import join_bits, of_bytes, split_bits
 from kivi.quantizer import KVQuantizer
 from kivi.spec import KVSpec, OpaqueSpec, QuantSpec, check_count
 from kivi.transforms import random_matrix
@@ -40,7 +40,7 @@ class Sketch(OpaqueSpec):
 
     def decode(self, data: Tensor, head_dim: int) -> Tensor:
         """See OpaqueSpec."""
-        sketch, norm = data[..., :-2], data[..., -2:].contiguous().view(torch.float16)
+        sketch, norm = data[..., :-2], of_bytes(data[..., -2:], torch.float16)
         rows = self.bits * head_dim
         projection = random_matrix(rows, head_dim, True, data.device)
         back: Tensor = (2.0 * split_bits(sketch, 1) - 1) @ projection

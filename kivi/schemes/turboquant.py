@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kivi.packing import join_bits, split_bits
+from kivi.packing import join_bits, of_bytes, split_bits
 from kivi.quantizer import KVQuantizer
 from kivi.spec import KVSpec, OpaqueSpec, check_choice
 from kivi.transforms import random_matrix
@@ -72,9 +72,9 @@ class Turbo(OpaqueSpec):
         if self.product:
             sign = 2.0 * split_bits(others[0], 1) - 1
             back = sign @ random_matrix(head_dim, head_dim, False, data.device)
-            length = others[1].contiguous().view(torch.float16).float()
+            length = of_bytes(others[1], torch.float16).float()
             unit += math.sqrt(math.pi / 2) / head_dim * length * back
-        unit = unit * norm.contiguous().view(torch.float16).float()
+        unit = unit * of_bytes(norm, torch.float16).float()
         return unit.unsqueeze(-2)
 
 
