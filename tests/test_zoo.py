@@ -156,6 +156,61 @@ def test_qjl_is_its_estimator():
     mostly_close(back("qjl", k, True), min_max(X.reshape(128, 2, 32), 2, 2).reshape(128, 64), SCALE)
 
 
+@pytest.mark.parametrize("value", [False, True])
+def test_kvarn(value):
+    """Alternate column and row deviations in logarithms, keep the least imbalance, round rows."""
+    tile = X @ matrix(64) if value else (X @ matrix(64)).T  # rows: tokens of values, else channels
+    log = [np.zeros((1, tile.shape[1])), np.zeros((tile.shape[0], 1))]
+
+    def std(x, axis):
+        return x.std(axis, ddof=1, keepdims=True)
+
+    def imbalance(x):
+        return sum(std(x, axis).max() / std(x, axis).min() for axis in (0, 1))
+
+    least, best = imbalance(tile), [np.exp(x) for x in log]
+    for _ in range(16):
+        for axis in (0, 1):
+            now = std(tile / np.exp(log[0]) / np.exp(log[1]), axis)
+            log[axis] = np.clip(log[axis] + np.log(now.clip(1e-3, 1e3)), -0.3, 10)
+        found = imbalance(tile / np.exp(log[0]) / np.exp(log[1]))
+        if found <= least:
+            least, best = found, [np.exp(x) for x in log]
+    bits = 2 if value else 4
+    expected = min_max(tile / best[0] / best[1], bits, 1) * best[0] * best[1]
+    found = back("kvarn", torch.tensor(X), value) @ matrix(64)
+    mostly_close(found if value else found.T, expected, SCALE)
+
+
+def test_polarquant():
+    """Angles of pairs, of pairs of radii, ...: the nearest of 16, 4, 4 and 4 angles each."""
+    rotation = random_matrix(64, 64, True, torch.device("cpu")).double().numpy()
+
+    def polar(x):
+        angles = []
+        for _ in range(4):
+            a, b = x[..., ::2], x[..., 1::2]
+            angles.append(np.arctan2(b, a) % (2 * np.pi))
+            x = np.hypot(a, b)
+        return angles, x
+
+    exact, radius = polar(X @ rotation.T)
+    coded, kept = polar(back("polarquant", torch.tensor(X)) @ rotation.T)
+    assert np.allclose(radius, kept, rtol=1e-3)
+    for level, (found, true, count) in enumerate(zip(coded, exact, (16, 4, 4, 4), strict=True)):
+        levels = np.unique(np.round(found, 3))
+        levels = levels[np.concatenate([[True], np.diff(levels) > 0.01])]
+        assert len(levels) == count
+        nearest = np.abs(true[..., None] - levels).min(-1)
+        mostly_close(np.abs(true - found), nearest, 1)
+        if level:  # each angle is the mean of what it stands for: k-means has settled
+            codes = np.abs(true[..., None] - levels).argmin(-1)
+            means = [true[codes == i].mean() for i in range(count)]
+            assert np.allclose(means, levels, atol=0.05)
+    error = ((X - back("polarquant", torch.tensor(X))) ** 2).sum() / (X**2).sum()
+    assert 0.01 < error < 0.05
+
+
 def test_int8_smoothing_moves_magnitudes_to_the_queries():
     x = randn(64, 64)
     x[:, 3] *= 1000
@@ -195,6 +250,8 @@ def test_kvtuner_reads_bits_for_each_layer(tmp_path):
         ("turboquant", dict(variant="prod"), 3 + 32 / 128),
         ("qjl", {}, (3 + 16 / 128 + 3) / 2),
         ("kvtuner", {}, 4.0),
+        ("kvarn", {}, 3.375),
+        ("polarquant", {}, 3.875),
     ],
 )
 def test_sizes_are_those_of_the_papers(name, options, bits):

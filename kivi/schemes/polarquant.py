@@ -61,7 +61,7 @@ class Polar(OpaqueSpec):
         """See OpaqueSpec."""
         if head_dim % BLOCK:
             raise ValueError(f"head_dim={head_dim} is not allowed; choose a multiple of {BLOCK}")
-        return sum(self._sizes(head_dim)) + 2 * head_dim // BLOCK
+        return int(sum(self._sizes(head_dim)) + 2 * head_dim // BLOCK)
 
     def encode(self, x: Tensor, valid: Tensor) -> tuple[Tensor, ...]:
         """See OpaqueSpec."""
