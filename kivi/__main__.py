@@ -26,7 +26,9 @@ class Preset(StrEnum):
 
     DEFAULT = "default"
     PAPER_AXES = "paper-axes"
+    ZOO = "zoo"
     BITS = "bits"
+    FLAGSHIP = "flagship"
     GROUP_SIZE = "group-size"
 
 

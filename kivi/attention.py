@@ -57,6 +57,12 @@ def _triton_ops(
     return Ops(triton.quantize_pack, triton.decode_attention, triton.extend_attention)
 
 
+def why_not_fused(spec: KVSpec, head_dim: int, dtype: torch.dtype) -> str | None:
+    """What keeps the kernels from attending over a cache on a GPU; None if nothing does."""
+    ops = _triton_ops(spec, (head_dim, head_dim), dtype, torch.device("cuda"))
+    return ops if isinstance(ops, str) else None
+
+
 def get_ops(
     impl: Impl,
     spec: KVSpec,

@@ -17,6 +17,8 @@ from kivi.pages import CacheBytes, PageTable
 from kivi.spec import KVSpec, check_choice, check_count
 from kivi.view import CacheView
 
+_OF_ROWS = ("_exact_key", "_exact_value", "_length", "_packed", "_smooth")
+
 
 class LayerCache:
     """One layer's quantized cache.
@@ -80,6 +82,7 @@ class LayerCache:
         self._exact_value = torch.zeros(*slots, value_head_dim, dtype=dtype, device=self.device)
         self._length = torch.zeros(batch_size, dtype=torch.int64, device=self.device)
         self._packed = self._length.clone()
+        self._smooth = store.new_smooth(spec, self._exact_key, self._exact_value)
         self._host: store.Counts | None = ([0] * batch_size, [0] * batch_size)
         self._captured = False
         self._write_table()
@@ -97,7 +100,7 @@ class LayerCache:
         lengths, packed = self._mirror()
         exact = (sum(lengths) - sum(packed)) * sum(t[0, :, 0].nbytes for t in self._view()[4:6])
         counters = self._table.nbytes + self._length.nbytes + self._packed.nbytes
-        own = sum(tensor.nbytes for tensor in self._view()[2:])
+        own = sum(t.nbytes for t in self._view()[2:] if t is not None)
         used = self._pages.used_nbytes(packed) + exact + counters
         return CacheBytes(self._pages.pool.nbytes + own, used)
 
@@ -214,10 +217,9 @@ class LayerCache:
         rows = checks.check_rows(indices, self.batch_size)
         lengths, packed = ([counts[r] for r in rows] for counts in self._mirror())
         index = torch.tensor(rows, device=self.device)
-        names = ("_exact_key", "_exact_value", "_length", "_packed")
-        new = [getattr(self, name).index_select(0, index) for name in names]
+        new = [getattr(self, name).index_select(0, index) for name in _OF_ROWS]
         self._pages.rebuild(self._mirror()[1], rows, packed)
-        for name, tensor in zip(names, new, strict=True):
+        for name, tensor in zip(_OF_ROWS, new, strict=True):
             if len(rows) == self.batch_size:  # addresses stay
                 getattr(self, name).copy_(tensor)
             else:
@@ -233,7 +235,7 @@ class LayerCache:
         may move the pool: capture CUDA graphs after it.
         """
         child, (lengths, packed) = copy.copy(self), map(list, self._mirror())
-        for name in ("_exact_key", "_exact_value", "_length", "_packed", "_table"):
+        for name in (*_OF_ROWS, "_table"):
             setattr(child, name, getattr(self, name).clone())
         child._pages = self._pages.rebuild(packed, list(range(self.batch_size)), packed, fork=True)
         child._host = (lengths, packed)
@@ -292,7 +294,8 @@ class LayerCache:
 
     def _view(self) -> CacheView:
         pool, exact = self._pages.pool, (self._exact_key, self._exact_value)
-        return CacheView(pool.key, pool.value, self._table, self._packed, *exact, self._length)
+        rows = (self._table, self._packed, *exact, self._length, self._smooth)
+        return CacheView(pool.key, pool.value, *rows)
 
     @torch.inference_mode(False)
     def _write_table(self) -> None:

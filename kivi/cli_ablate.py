@@ -37,7 +37,7 @@ ATTENTION_TEXTS = 1
 """Texts whose attention is compared; each adds its queries, keys and values to memory."""
 WIDE = 100
 """Characters that the table needs with all columns."""
-NOT_IF_NARROW = ("bits", "group_size", "attention_error")
+NOT_IF_NARROW = ("bits", "group_size", "attention_error", "fused_kernel")
 """Columns that a narrow terminal leaves to the report."""
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from rich.table import Table
 
 from kivi import KVQuantizer
+from kivi.attention import why_not_fused
 
 AXES = ("kivi", "per_token", "per_channel", "crossed")
 PRESETS: dict[str, tuple[str, ...]] = {
@@ -22,7 +24,47 @@ PRESETS: dict[str, tuple[str, ...]] = {
         "per_token",
     ),
     "paper-axes": tuple(f"{name}:bits={bits}" for bits in (4, 2) for name in AXES),
-    "bits": tuple(f"kivi:bits={bits}" for bits in (1, 2, 3, 4, 8)),
+    "zoo": (
+        "full_precision",
+        "fp8",
+        "int8",
+        "int8:smooth=max",
+        "nvfp4",
+        "flexgen",
+        "atom",
+        "quarot",
+        "quarot:bits=2",
+        "exllamav3",
+        "exllamav3:bits=2",
+        "kivi:bits=4",
+        "kivi",
+        "kivi:group_size=128",
+        "kvtuner",
+        "oscar",
+        "qjl",
+        "turboquant",
+        "turboquant:variant=prod",
+        "plumb",
+        "plumb:value_bits=1",
+        "plumb:key_bits=3",
+        "plumb:bits=4",
+    ),
+    "bits": tuple(
+        f"{name}:bits={bits}" for name in ("kivi", "quarot", "plumb") for bits in (1, 2, 3, 4, 8)
+    ),
+    "flagship": (
+        "kivi",
+        "kivi:group_size=128",
+        "plumb:smooth=none,sink_length=0,grid=asymmetric,center=none,transform=none",
+        "plumb:smooth=none,sink_length=0,grid=asymmetric,center=none",
+        "plumb:smooth=none,sink_length=0,grid=asymmetric",
+        "plumb:smooth=none,sink_length=0,grid=midpoint",
+        "plumb:smooth=none,sink_length=0",
+        "plumb:smooth=none",
+        "plumb",
+        "plumb:value_bits=1",
+        "plumb:key_bits=3",
+    ),
     "group-size": tuple(f"kivi:group_size={size}" for size in (16, 32, 64, 128)),
 }
 WORDS = {"none": None, "true": True, "false": False}
@@ -88,10 +130,13 @@ def schemes_table(head_dim: int) -> Table:
     table.add_column("scheme", style="bold", no_wrap=True)
     table.add_column("options = defaults")
     table.add_column("bits/elem", justify="right", no_wrap=True)
+    table.add_column("kernel", no_wrap=True)
     table.add_column("paper", no_wrap=True)
     for name in KVQuantizer.available():
         scheme = KVQuantizer.get(name)
         options = ", ".join(f"{k}={v}" for k, v in KVQuantizer.options(name).items())
         paper = f"arXiv:{scheme.paper}" if scheme.paper else ""
-        table.add_row(name, options, f"{scheme.bits_per_element(head_dim):.2f}", paper)
+        fused = why_not_fused(scheme.spec(), head_dim, torch.float16) is None
+        bits = f"{scheme.bits_per_element(head_dim):.2f}"
+        table.add_row(name, options, bits, "fused" if fused else "", paper)
     return table

@@ -48,6 +48,11 @@ def symmetric_offset(bits: int) -> float:
     return 0.5 if bits == 1 else float(2 ** (bits - 1))
 
 
+def zero_code(bits: int, grid: Grid) -> float:
+    """The code that stands for 0 on a grid that stores no zero: `zero = -zero_code * scale`."""
+    return symmetric_offset(bits) if grid == "symmetric" else (2**bits - 1) / 2
+
+
 def refit_unit(bits: int, group: int) -> float:
     """Parts of a step of the grid in a refit: as many as keep sums over a group exact."""
     return float(2 ** min(20, 25 - bits - (group - 1).bit_length()))
@@ -59,8 +64,91 @@ def _inverse(scale: Tensor) -> Tensor:
     return torch.where(scale > 0, inverse, 0.0)
 
 
+# Whole numbers: their sums are exact, so that their order does not matter (see `fit`). Sums of
+# squares over a group of 512 fit int32.
+FIXED = 2**10
+# Where the refit of an unbiased grid starts. Few levels: the step that is best for a Gaussian, in
+# standard deviations (Max, 1960, table II); many must reach the largest element, or most of it.
+STEP = {1: 1.596, 2: 0.9957, 3: 0.586}
+COVER = {4: 0.9, 8: 1.0}
+
+
+def fixed_point(x: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """`x [..., G]` as whole parts of its largest element, int32 up to FIXED, and that element.
+
+    What is not finite or not valid becomes 0.
+    """
+    finite = valid & x.isfinite()
+    peak = torch.where(finite, x.abs(), 0.0).amax(-1, keepdim=True)
+    parts = torch.where(finite, x * _inverse(peak) * FIXED, 0.0).round()
+    return parts.clamp(-FIXED, FIXED).to(torch.int32), peak
+
+
+def total(x: Tensor) -> Tensor:
+    """Sum of int32 over the last dimension as float32 `[..., 1]`, rounded once."""
+    return x.sum(-1, keepdim=True, dtype=torch.int32).float()
+
+
+def norm(x: Tensor, valid: Tensor, dtype: torch.dtype) -> Tensor:
+    """Euclidean norm of `x [..., G]` as stored, `[..., 1]`; 0 only of zeros."""
+    parts, peak = fixed_point(x, valid)
+    return _store_scale(total(parts * parts).sqrt() * (peak * (1 / FIXED)), peak, dtype)
+
+
+def mean(x: Tensor, valid: Tensor, dtype: torch.dtype) -> Tensor:
+    """Mean of `x [..., G]` as stored, `[..., 1]`; a constant group's is exact."""
+    parts, peak = fixed_point(x, valid)
+    count = (valid & x.isfinite()).expand_as(x).sum(-1, keepdim=True).clamp_min(1).float()
+    return _store(total(parts) / count * (peak * (1 / FIXED)), dtype)
+
+
+def divide(x: Tensor, norm: Tensor) -> Tensor:
+    """`x / norm`, 0 where the norm is 0, the same in every implementation."""
+    return x * _inverse(norm)
+
+
+def unbiased_scale(
+    x: Tensor, codes: Tensor, valid: Tensor, bits: int, dtype: torch.dtype
+) -> Tensor:
+    """The stored scale with which midpoint codes keep `<quantized, x> = <x, x>`.
+
+    A code of least squared error is a shrunk estimate of x: attention scores computed with it are
+    too small, all the more the coarser the grid. EDEN (2108.08842) scales in this way.
+    """
+    parts, peak = fixed_point(x, valid)
+    level = (2 * codes - (2**bits - 1)).to(torch.int32)
+    ratio = total(parts * parts) / total(parts * level).clamp_min(1.0)
+    return _store_scale(ratio * (2 / FIXED) * peak, peak, dtype)
+
+
+def _midpoint(
+    x: Tensor, valid: Tensor, bits: int, grid: Grid, dtype: torch.dtype, clip: float
+) -> tuple[Tensor, Tensor]:
+    """`fit` for grids with 0 halfway between two codes."""
+    top = 2**bits - 1
+    parts, peak = fixed_point(x, valid)
+    if grid == "unbiased" and bits in STEP:
+        count = (valid & x.isfinite()).expand_as(x).sum(-1, keepdim=True).clamp_min(1).float()
+        start = (total(parts * parts) / count).sqrt() * (STEP[bits] / FIXED) * peak
+    else:
+        start = peak * ((clip if grid == "midpoint" else COVER[bits]) * 2 / top)
+    scale = _store_scale(start, peak, dtype)
+    if grid == "unbiased":
+        codes = torch.where(valid, encode(x, scale, -top / 2 * scale, bits), 0.0)
+        level = (2 * codes - top).to(torch.int32)
+        squares = total(torch.where(valid & x.isfinite(), level * level, 0)).clamp_min(1.0)
+        ratio = total(parts * level) / squares
+        scale = _store_scale(ratio * (2 / FIXED) * peak, peak, dtype)
+    return scale, -top / 2 * scale
+
+
 def fit(
-    x: Tensor, valid: Tensor, bits: int, grid: Grid, dtype: torch.dtype
+    x: Tensor,
+    valid: Tensor,
+    bits: int,
+    grid: Grid,
+    dtype: torch.dtype,
+    clip: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Scale and zero of groups.
 
@@ -74,7 +162,11 @@ def fit(
         grid: "asymmetric": `scale = (max - min) / (2^b - 1)`, `zero = min` (KIVI, 2402.02750,
             eq. 1). "symmetric": `scale = max|x| / (2^(b-1) - 1)`, zero derived. "least_squares":
             asymmetric, then the scale and zero that minimise the squared error for its codes.
+            "midpoint": `scale = 2 max|x| / (2^b - 1)`, `zero = -max|x|` (exllamav3's cache).
+            "unbiased": midpoint, then the scale of least squared error for its codes; codes are
+            computed with it, and stored is what `unbiased_scale` finds for them.
         dtype: the dtype that they are stored in.
+        clip: factor of min, max and max|x|; elements outside saturate.
 
     Returns:
         `(scale, zero)` `[..., 1]` float32, exactly representable in `dtype` (a symmetric grid's
@@ -82,14 +174,18 @@ def fit(
     """
     finite = valid & x.isfinite()
     top = 2**bits - 1
+    if grid in ("midpoint", "unbiased"):
+        return _midpoint(x, valid, bits, grid, dtype, clip)
     if grid == "symmetric":
         # One bit has no zero level: its two levels are -max|x| and +max|x|.
         steps = 0.5 if bits == 1 else float(2 ** (bits - 1) - 1)
         spread = torch.where(finite, x.abs(), 0.0).amax(-1, keepdim=True)
-        scale = _store_scale(spread * (1.0 / steps), spread, dtype)
+        scale = _store_scale(spread * (clip / steps), spread, dtype)
         return scale, -symmetric_offset(bits) * scale
     low = torch.where(finite, x, torch.inf).amin(-1, keepdim=True)
     high = torch.where(finite, x, -torch.inf).amax(-1, keepdim=True)
+    if clip != 1:
+        low, high = low * clip, high * clip
     # Plus 0.0: whether the least of -0.0 and 0.0 is negative is nowhere defined.
     zero = _store(torch.where(low <= high, low, 0.0), dtype) + 0.0
     spread = torch.where(low <= high, high, 0.0) - zero

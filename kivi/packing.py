@@ -108,3 +108,24 @@ def unpack(words: Tensor, bits: int) -> Tensor:
         low, tile0 = low + width, tile0 + width
     assert codes is not None
     return codes
+
+
+def join_bits(codes: Tensor, bits: int) -> Tensor:
+    """Codes `[..., n]` below `2**bits` as bytes `[..., n * bits / 8]`, a whole number of them."""
+    place = torch.arange(bits, device=codes.device)
+    each = ((codes.long().unsqueeze(-1) >> place) & 1).flatten(-2).unflatten(-1, (-1, 8))
+    data: Tensor = (each << torch.arange(8, device=codes.device)).sum(-1)
+    return data.to(torch.uint8)
+
+
+def split_bits(data: Tensor, bits: int) -> Tensor:
+    """What `join_bits` joined, `[..., n]` int64."""
+    each = (data.long().unsqueeze(-1) >> torch.arange(8, device=data.device)) & 1
+    each = each.flatten(-2).unflatten(-1, (-1, bits))
+    codes: Tensor = (each << torch.arange(bits, device=data.device)).sum(-1)
+    return codes
+
+
+def of_bytes(data: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bytes `[..., n]` as numbers of a dtype; a copy, so that they lie where the dtype wants."""
+    return data.clone(memory_format=torch.contiguous_format).view(dtype)

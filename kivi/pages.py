@@ -94,8 +94,8 @@ class PagePool:
             def more(t: torch.Tensor) -> torch.Tensor:
                 return torch.cat([t, t.new_zeros(count, *t.shape[1:])])
 
-            scale = None if pages.scale is None else more(pages.scale)
-            return Pages(more(pages.words), scale, None if pages.zero is None else more(pages.zero))
+            words, *others = pages
+            return Pages(more(words), *(None if t is None else more(t) for t in others))
 
         key, value = grown(self.key), grown(self.value)
         self.key, self.value = key, value

@@ -10,22 +10,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kivi.checks import check_finite_tensor, check_tensor
-from kivi.grids import encode, fit, metadata_dtype, symmetric_offset
+from kivi.grids import divide, encode, fit, mean, metadata_dtype, norm, unbiased_scale, zero_code
 from kivi.packing import insert, pack_unit, unpack
-from kivi.spec import PAGE_TOKENS, TILE_ROWS, QuantSpec
+from kivi.spec import PAGE_TOKENS, TILE_ROWS, OpaqueSpec, QuantSpec, Spec
+from kivi.transforms import hadamard, inverse_hadamard, smooth_factor
 
 
 class Pages(NamedTuple):
     """Storage of N pages of one tensor; every page holds 512 tokens of all heads.
 
-    `words`: `[N, Hkv, bits, 32, D]` int16, or `[N, Hkv, 512, D]` in the tensor's own dtype where
-    nothing is quantized. `scale`, `zero`: 16-bit floats, per-channel `[N, Hkv, 512/G, D]`,
-    per-token `[N, Hkv, 512, D/G]`; None where the spec has none.
+    `words`: `[N, Hkv, bits, 32, D]` int16, `[N, Hkv, 512, D]` in the tensor's own dtype where
+    nothing is quantized, or `[N, Hkv, 512/U, bytes]` uint8 for an OpaqueSpec. `scale`, `zero`:
+    16-bit floats, per-channel `[N, Hkv, 512/G, D]`, per-token `[N, Hkv, 512, D/G]`; `center`
+    `[N, Hkv, 512/C, D]` and `norm` `[N, Hkv, 512, 1]` likewise; None where the spec has none.
     """
 
     words: Tensor
     scale: Tensor | None
     zero: Tensor | None
+    center: Tensor | None = None
+    norm: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
@@ -34,7 +38,7 @@ class Pages(NamedTuple):
 
 
 def empty_pages(
-    spec: QuantSpec | None,
+    spec: Spec | None,
     pages: int,
     num_kv_heads: int,
     head_dim: int,
@@ -45,6 +49,9 @@ def empty_pages(
     if spec is None:
         shape = (pages, num_kv_heads, PAGE_TOKENS, head_dim)
         return Pages(torch.zeros(shape, dtype=dtype, device=device), None, None)
+    if isinstance(spec, OpaqueSpec):
+        shape = (pages, num_kv_heads, PAGE_TOKENS // spec.unit, spec.nbytes(head_dim))
+        return Pages(torch.zeros(shape, dtype=torch.uint8, device=device), None, None)
     group = spec.group(head_dim)
     words = (pages, num_kv_heads, spec.bits, TILE_ROWS, head_dim)
     groups = (
@@ -53,16 +60,30 @@ def empty_pages(
         else (pages, num_kv_heads, PAGE_TOKENS, head_dim // group)
     )
     meta = metadata_dtype(dtype)
+
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=meta, device=device)
+
     return Pages(
         torch.zeros(words, dtype=torch.int16, device=device),
-        torch.zeros(groups, dtype=meta, device=device),
-        torch.zeros(groups, dtype=meta, device=device) if spec.has_zero else None,
+        zeros(*groups),
+        zeros(*groups) if spec.has_zero else None,
+        zeros(pages, num_kv_heads, PAGE_TOKENS // spec.center, head_dim) if spec.center else None,
+        zeros(pages, num_kv_heads, PAGE_TOKENS, 1) if spec.token_norm else None,
     )
 
 
-def quantize_unit(
-    x: Tensor, spec: QuantSpec, valid: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor | None]:
+class Unit(NamedTuple):
+    """Runs of tokens quantized: codes `[..., U, D]` int16, and as in Pages what goes with them."""
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    center: Tensor | None
+    norm: Tensor | None
+
+
+def quantize_unit(x: Tensor, spec: QuantSpec, valid: Tensor | None = None) -> Unit:
     """Codes and metadata of runs of whole groups.
 
     Args:
@@ -72,30 +93,45 @@ def quantize_unit(
             and their codes are 0.
 
     Returns:
-        codes `[..., U, D]` int16; scale and zero (None if derived) in 16 bit: per-channel
-        `[..., U/G, D]`, per-token `[..., U, D/G]`.
+        codes; scale and zero per-channel `[..., U/G, D]`, per-token `[..., U, D/G]`, center
+        `[..., U/C, D]` and norm `[..., U, 1]` in 16 bit, None what the spec has not.
     """
     tokens, d = x.shape[-2:]
-    group = spec.group(d)
+    group, meta = spec.group(d), metadata_dtype(x.dtype)
     if valid is None:
         valid = torch.ones(tokens, dtype=torch.bool, device=x.device)
+    own = hadamard(x.float(), spec.block(d))
+    center = size = None
+    if spec.center:
+        runs = own.unflatten(-2, (-1, spec.center)).transpose(-1, -2)
+        center = mean(runs, valid.unflatten(-1, (-1, 1, spec.center)), meta)
+        own = (runs - center).transpose(-1, -2).flatten(-3, -2)
+    if spec.token_norm:
+        size = norm(own, valid[..., None], meta)
+        own = divide(own, size)
     if spec.axis == "channel":
-        grouped = x.float().unflatten(-2, (tokens // group, group)).transpose(-1, -2)
+        grouped = own.unflatten(-2, (tokens // group, group)).transpose(-1, -2)
         mask = valid.unflatten(-1, (tokens // group, 1, group))
     else:
-        grouped = x.float().unflatten(-1, (d // group, group))
+        grouped = own.unflatten(-1, (d // group, group))
         mask = valid[..., None, None]
-    meta = metadata_dtype(x.dtype)
-    scale, zero = fit(grouped, mask, spec.bits, spec.grid, meta)
-    codes = torch.where(mask, encode(grouped, scale, zero, spec.bits), 0.0).to(torch.int16)
+    scale, zero = fit(grouped, mask, spec.bits, spec.grid, meta, spec.clip)
+    codes = torch.where(mask, encode(grouped, scale, zero, spec.bits), 0.0)
+    if spec.grid == "unbiased":
+        scale = unbiased_scale(grouped, codes, mask, spec.bits, meta)
     codes = codes.transpose(-1, -2) if spec.axis == "channel" else codes
-    stored = zero.squeeze(-1).to(meta) if spec.has_zero else None
-    return codes.reshape(x.shape), scale.squeeze(-1).to(meta), stored
+    return Unit(
+        codes.reshape(x.shape).to(torch.int16),
+        scale.squeeze(-1).to(meta),
+        zero.squeeze(-1).to(meta) if spec.has_zero else None,
+        None if center is None else center.squeeze(-1).to(meta),
+        None if size is None else size.to(meta),
+    )
 
 
 def quantize_pack(
     pages: Pages,
-    spec: QuantSpec | None,
+    spec: Spec | None,
     x: Tensor,
     page: Tensor,
     first: Tensor,
@@ -124,26 +160,55 @@ def quantize_pack(
     if spec is None:
         pages.words[index, :, row] = x.transpose(1, 2)
         return
-    codes, scale, zero = quantize_unit(x, spec, valid)
-    if spec.axis == "channel":
-        group = spec.group(x.shape[3])
-        row = first[:, None] // group + torch.arange(tokens // group, device=x.device)
-    assert pages.scale is not None
-    pages.scale[index, :, row] = scale.transpose(1, 2)
-    if zero is not None and pages.zero is not None:
-        pages.zero[index, :, row] = zero.transpose(1, 2)
+    if isinstance(spec, OpaqueSpec):
+        _encode(pages, spec, x, index, first, valid)
+        return
+    unit = quantize_unit(x, spec, valid)
+    for stored, new in zip(pages[1:], unit[1:], strict=True):
+        if stored is not None and new is not None:
+            size = PAGE_TOKENS // stored.shape[2]  # tokens that share an entry
+            row = first[:, None] // size + torch.arange(new.shape[2], device=x.device)
+            stored[index, :, row] = new.transpose(1, 2)
+    codes = unit.codes
     for part in pack_unit(codes, spec.bits, first):
         pages.words[index, :, part.tile] = insert(pages.words[index, :, part.tile], part)
 
 
-def dequantize_pages(pages: Pages, spec: QuantSpec | None, dtype: torch.dtype) -> Tensor:
-    """All tokens of the pages, `[N, Hkv, 512, D]` in `dtype`; computed in float32, saturated."""
+def _encode(
+    pages: Pages,
+    spec: OpaqueSpec,
+    x: Tensor,
+    index: Tensor,
+    first: Tensor,
+    valid: Tensor | None,
+) -> None:
+    """`quantize_pack` for a format of its own."""
+    if valid is None:
+        valid = torch.ones(x.shape[2], dtype=torch.bool, device=x.device)
+    units = x.float().unflatten(2, (-1, spec.unit))
+    parts = spec.encode(units, valid.unflatten(-1, (-1, spec.unit)))
+    data = torch.cat([part.contiguous().view(torch.uint8) for part in parts], -1)
+    row = first[:, None] // spec.unit + torch.arange(units.shape[2], device=x.device)
+    pages.words[index, :, row] = data.transpose(1, 2)
+
+
+def dequantize_pages(
+    pages: Pages, spec: Spec | None, dtype: torch.dtype, head_dim: int | None = None
+) -> Tensor:
+    """All tokens of the pages, `[N, Hkv, 512, D]` in `dtype`; computed in float32, saturated.
+
+    `head_dim`: D, which the pages of an OpaqueSpec do not tell.
+    """
     if spec is None:
         return pages.words.to(dtype)
+    if isinstance(spec, OpaqueSpec):
+        assert head_dim is not None
+        return saturate(spec.decode(pages.words, head_dim).flatten(2, 3), dtype)
     codes = unpack(pages.words, spec.bits).float()
     assert pages.scale is not None
     scale = pages.scale.float()
-    zero = -symmetric_offset(spec.bits) * scale if pages.zero is None else pages.zero.float()
+    zero = pages.zero
+    zero = -zero_code(spec.bits, spec.grid) * scale if zero is None else zero.float()
     group = spec.group(codes.shape[-1])
     if spec.axis == "channel":
         grouped = codes.unflatten(-2, (-1, group))
@@ -151,7 +216,17 @@ def dequantize_pages(pages: Pages, spec: QuantSpec | None, dtype: torch.dtype) -
     else:
         grouped = codes.unflatten(-1, (-1, group))
         x = torch.addcmul(zero.unsqueeze(-1), grouped, scale.unsqueeze(-1)).flatten(-2, -1)
+    if pages.norm is not None:
+        x = x * pages.norm.float()
+    if pages.center is not None:
+        x = x + pages.center.float().repeat_interleave(PAGE_TOKENS // pages.center.shape[2], 2)
+    x = inverse_hadamard(x, spec.block(x.shape[-1]))
     # Half a step above the largest element a sum can leave float16's range.
+    return saturate(x, dtype)
+
+
+def saturate(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x` in `dtype`, finite."""
     top = torch.finfo(dtype).max
     return x.clamp(-top, top).to(dtype)
 
@@ -160,23 +235,25 @@ def dequantize_pages(pages: Pages, spec: QuantSpec | None, dtype: torch.dtype) -
 class PackedTensor:
     """A quantized tensor `[B, Hkv, T, D]` in the cache's own page format.
 
-    `pages.words` is `[B * n, Hkv, ...]` with `n = ceil(T / 512)` pages for each sequence.
+    `pages.words` is `[B * n, Hkv, ...]` with `n = ceil(T / 512)` pages for each sequence; `smooth`
+    `[B, Hkv, 1, D]` what their channels were divided by, if the spec asks for it.
     """
 
     pages: Pages
-    spec: QuantSpec | None
+    spec: Spec | None
     shape: tuple[int, int, int, int]
     dtype: torch.dtype
+    smooth: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated, whole pages counted."""
+        """Bytes of the pages, counted whole."""
         return self.pages.nbytes
 
 
 @torch.no_grad()
 def quantize(
-    x: Tensor, spec: QuantSpec | None, *, name: str = "x", check_finite: bool = False
+    x: Tensor, spec: Spec | None, *, name: str = "x", check_finite: bool = False
 ) -> PackedTensor:
     """Quantize a whole tensor.
 
@@ -197,15 +274,22 @@ def quantize(
     b, h, t, d = x.shape
     n = max(1, -(-t // PAGE_TOKENS))
     pages = empty_pages(spec, b * n, h, d, x.dtype, x.device)
+    smooth = None
+    if spec is not None and spec.smooth:
+        every = torch.ones(t, dtype=torch.bool, device=x.device)
+        smooth = smooth_factor(x, every, spec.smooth).unsqueeze(2)
+        x = (x / smooth).to(x.dtype)
     padded = F.pad(x, (0, 0, 0, n * PAGE_TOKENS - t)).unflatten(2, (n, PAGE_TOKENS))
     page = torch.arange(b * n, device=x.device)
     token = page[:, None, None] % n * PAGE_TOKENS + torch.arange(PAGE_TOKENS, device=x.device)
     quantize_pack(pages, spec, padded.transpose(1, 2).flatten(0, 1), page, page * 0, token < t)
-    return PackedTensor(pages, spec, (b, h, t, d), x.dtype)
+    return PackedTensor(pages, spec, (b, h, t, d), x.dtype, smooth)
 
 
 def dequantize(packed: PackedTensor) -> Tensor:
     """The tensor `[B, Hkv, T, D]` that a PackedTensor stands for, in its original dtype."""
     b, h, t, d = packed.shape
-    x = dequantize_pages(packed.pages, packed.spec, packed.dtype)
-    return x.view(b, -1, h, PAGE_TOKENS, d).transpose(1, 2).reshape(b, h, -1, d)[:, :, :t]
+    dtype = packed.dtype if packed.smooth is None else torch.float32
+    x = dequantize_pages(packed.pages, packed.spec, dtype, d)
+    x = x.view(b, -1, h, PAGE_TOKENS, d).transpose(1, 2).reshape(b, h, -1, d)[:, :, :t]
+    return x if packed.smooth is None else saturate(x * packed.smooth, packed.dtype)

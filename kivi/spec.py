@@ -7,8 +7,12 @@ page `P` = 512 [tokens], residual length `R` [tokens kept exact at the end], sin
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PAGE_TOKENS = 512
 """Tokens in a page, whatever the bits, so that keys and values share one block table."""
@@ -19,7 +23,9 @@ WORD_BITS = 16
 
 BITS = (1, 2, 3, 4, 8)
 Axis = Literal["channel", "token"]
-Grid = Literal["asymmetric", "symmetric", "least_squares"]
+Grid = Literal["asymmetric", "symmetric", "least_squares", "midpoint", "unbiased"]
+Transform = Literal["hadamard", "hadamard_32"]
+Smooth = Literal["outliers", "max"]
 
 
 def check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
@@ -48,7 +54,20 @@ class QuantSpec:
             so a G above the head dimension means the whole head.
         grid: how scale and zero are found: `"asymmetric"` min-max (KIVI, 2402.02750, eq. 1),
             `"symmetric"` absolute maximum, `"least_squares"` min-max and one refit of scale and
-            zero to the codes.
+            zero to the codes, `"midpoint"` absolute maximum with 0 halfway between two codes,
+            `"unbiased"` midpoint codes of least squared error with the scale that keeps
+            `<quantized, x> = <x, x>` (see `kivi.grids.fit`).
+        clip: the part of the range, (0, 1], that the codes of a min-max or absolute maximum cover.
+        transform: orthogonal map of each token before anything else: `"hadamard"` over the head
+            (over blocks of the largest power of two that divides it), `"hadamard_32"` over blocks
+            of 32 channels. Sinks and the exact window are never transformed.
+        center: per-token only: this many tokens share their channels' means, which are subtracted
+            before groups are formed: 16, 32, 64 or 128.
+        token_norm: per-channel only: each token is divided by its norm before groups are formed.
+        smooth: before all that, each channel of a sequence is divided by a power of two, found from
+            its first 32 packed tokens (`kivi.transforms.smooth_factor`): `"outliers"` brings
+            channels that vary much more than the median one down to about four times as much,
+            `"max"` divides by the largest magnitude.
 
     Raises:
         ValueError: for a value that is not in these lists.
@@ -58,14 +77,30 @@ class QuantSpec:
     axis: Axis
     group_size: int | None = 32
     grid: Grid = "asymmetric"
+    clip: float = 1.0
+    transform: Transform | None = None
+    center: int | None = None
+    token_norm: bool = False
+    smooth: Smooth | None = None
 
     def __post_init__(self) -> None:
         check_choice("bits", self.bits, BITS)
         check_choice("axis", self.axis, get_args(Axis))
         check_choice("grid", self.grid, get_args(Grid))
+        check_choice("transform", self.transform, (*get_args(Transform), None))
+        check_choice("token_norm", self.token_norm, (False, True))
+        check_choice("smooth", self.smooth, (*get_args(Smooth), None))
+        if type(self.clip) not in (int, float) or not 0 < self.clip <= 1:
+            raise ValueError(f"clip={self.clip!r} is not allowed; it must lie in (0, 1]")
+        if self.clip != 1 and self.grid == "unbiased":
+            raise ValueError(f"clip={self.clip} is not allowed with grid='unbiased'; it must be 1")
         if self.axis == "channel":
             check_choice("group_size", self.group_size, (16, 32, 64, 128, None))
-        elif self.group_size is not None:
+            check_choice("center", self.center, (None,))
+            return
+        check_choice("center", self.center, (16, 32, 64, 128, None))
+        check_choice("token_norm", self.token_norm, (False,))
+        if self.group_size is not None:
             check_count("group_size", self.group_size, 16)
             if self.group_size > 128:
                 raise ValueError(
@@ -74,8 +109,29 @@ class QuantSpec:
 
     @property
     def has_zero(self) -> bool:
-        """Whether a zero is stored beside each scale (a symmetric grid derives it)."""
-        return self.grid != "symmetric"
+        """Whether a zero is stored beside each scale (other grids derive it)."""
+        return self.grid in ("asymmetric", "least_squares")
+
+    @property
+    def unit(self) -> int:
+        """Tokens that are quantized together."""
+        return self.group(0) if self.axis == "channel" else self.center or 1
+
+    def block(self, head_dim: int) -> int:
+        """Channels that the transform mixes; 1 without one.
+
+        Raises:
+            ValueError: if blocks of at least 16 channels do not divide `head_dim`.
+        """
+        if self.transform is None:
+            return 1
+        block = min(head_dim & -head_dim, 32 if self.transform == "hadamard_32" else head_dim)
+        if block < 16:
+            raise ValueError(
+                f"transform={self.transform!r} does not fit head_dim={head_dim}, which must be a "
+                "multiple of 16"
+            )
+        return block
 
     def group(self, head_dim: int) -> int:
         """The group size in elements for a head dimension.
@@ -95,9 +151,61 @@ class QuantSpec:
         return group
 
     def bits_per_element(self, head_dim: int) -> float:
-        """Bits stored for an element, 16-bit scales and zeros counted."""
+        """Bits stored for an element, 16-bit scales, zeros, means and norms counted."""
         check_count("head_dim", head_dim, 1)
-        return self.bits + WORD_BITS * (1 + self.has_zero) / self.group(head_dim)
+        self.block(head_dim)  # raises where it does not fit
+        shared = (1 + self.has_zero) / self.group(head_dim) + self.token_norm / head_dim
+        return self.bits + WORD_BITS * (shared + (1 / self.center if self.center else 0))
+
+
+class OpaqueSpec(ABC):
+    """How one tensor is stored by a scheme that no QuantSpec describes: a frozen dataclass.
+
+    It says what a unit of tokens becomes and back; paging, caching, torch.compile, transformers and
+    the evaluations are generic. There is no fused kernel for it: attention decodes whole pages.
+
+    `bits`: of a code, for tables. `unit`: tokens that are encoded together, a power of two up to
+    512. `stable`: whether a tensor that was decoded encodes to about itself; a random sketch
+    does not.
+    """
+
+    bits: int
+    unit: int = 1
+    stable: bool = True
+    smooth: None = None
+
+    @abstractmethod
+    def nbytes(self, head_dim: int) -> int:
+        """Bytes of an encoded unit.
+
+        Raises:
+            ValueError: for a head dimension that does not fit.
+        """
+
+    @abstractmethod
+    def encode(self, x: Tensor, valid: Tensor) -> tuple[Tensor, ...]:
+        """Encode units; no token that is not valid may change what others become.
+
+        Args:
+            x: `[..., unit, D]` float32.
+            valid: bool, broadcastable to `[..., unit]`.
+
+        Returns:
+            Tensors `[..., n]` of any dtypes, together `nbytes` bytes for each unit.
+        """
+
+    @abstractmethod
+    def decode(self, data: Tensor, head_dim: int) -> Tensor:
+        """The tokens `[..., unit, D]` float32 of encoded units, `[..., nbytes]` uint8."""
+
+    def bits_per_element(self, head_dim: int) -> float:
+        """Bits stored for an element, everything counted."""
+        check_count("head_dim", head_dim, 1)
+        return 8 * self.nbytes(head_dim) / (self.unit * head_dim)
+
+
+Spec = QuantSpec | OpaqueSpec
+"""How one tensor is quantized."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +213,7 @@ class KVSpec:
     """How a layer's keys and values are kept.
 
     Args:
-        key: the keys' QuantSpec, or None to keep them in the model's own dtype.
+        key: the keys' spec, or None to keep them in the model's own dtype.
         value: likewise for the values.
         residual_length: R, the most recent tokens that always stay exact.
         sink_length: S, the first tokens that always stay exact.
@@ -114,8 +222,8 @@ class KVSpec:
         ValueError: for a negative or non-integer length.
     """
 
-    key: QuantSpec | None
-    value: QuantSpec | None
+    key: Spec | None
+    value: Spec | None
     residual_length: int = 128
     sink_length: int = 0
 
@@ -125,11 +233,8 @@ class KVSpec:
 
     @property
     def unit(self) -> int:
-        """Tokens that leave the exact window together: whole planes and whole key groups."""
-        groups = [
-            s.group(0) for s in (self.key, self.value) if s is not None and s.axis == "channel"
-        ]
-        return max([TILE_ROWS, *groups])
+        """Tokens that leave the exact window together: whole planes and whole groups."""
+        return max([TILE_ROWS, *(s.unit for s in (self.key, self.value) if s is not None)])
 
     def bits_per_element(self, head_dim: int, value_head_dim: int | None = None) -> float:
         """Mean bits of a packed key or value element; 16 for what stays unquantized."""

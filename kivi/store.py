@@ -8,10 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kivi.kernels.reference import exact_positions, gather_pages
+from kivi.kernels.reference import exact_positions, gather_pages, smooth_factors
 from kivi.packing import units_per_tile
 from kivi.pages import CROP
-from kivi.spec import PAGE_TOKENS, TILE_ROWS, KVSpec, check_count
+from kivi.spec import PAGE_TOKENS, TILE_ROWS, KVSpec, QuantSpec, check_count
+from kivi.transforms import smooth_factor
 from kivi.view import CacheView
 
 SLACK = TILE_ROWS
@@ -176,7 +177,7 @@ def pack_units(
     for x, pages, one in zip(sources, (view.key, view.value), specs, strict=True):
         unit = x.shape[3]
         # Units that may fall into one word tile are written one call after the other.
-        stride = units_per_tile(one.bits, unit) if one else 1
+        stride = units_per_tile(one.bits, unit) if isinstance(one, QuantSpec) else 1
         for start in range(min(stride, x.shape[2])):
             pick = slice(start, None, stride)
             run = x[:, :, pick].transpose(1, 2)
@@ -219,6 +220,7 @@ def store(
         units -= skipped * PAGE_TOKENS // unit
         begin = sinks + skipped * PAGE_TOKENS
         body = [x[:, :, begin : begin + units * unit] for x in (k, v)]
+        body = _smoothed(view, spec, body, step)
         if done > 0:
             page = view.table[:, skipped : skipped + done]
             for x, pages, one in zip(
@@ -230,6 +232,7 @@ def store(
         units -= done * PAGE_TOKENS // unit
     elif units:
         body = _leaving(view, spec, k, v, step.position, start, units)
+        body = _smoothed(view, spec, body, step)
     if units:
         first = start[:, None]
         if units > 1 or done:
@@ -238,6 +241,26 @@ def store(
         pack_units(view, spec, sources, first, first < step.packed[:, None], quantize_pack)
     if t > SLACK:
         _enter(view, spec, k, v, step)
+
+
+def _smoothed(view: CacheView, spec: KVSpec, body: list[Tensor], step: Step) -> list[Tensor]:
+    """Leaving tokens with their channels divided; the first unit of a row says by what."""
+    if view.smooth is None or not view.smooth.shape[2]:
+        return body
+    pairs = [(x, one.smooth) for x, one in zip(body, (spec.key, spec.value), strict=True) if one]
+    every = torch.ones(spec.unit, dtype=torch.bool, device=view.length.device)
+    new = torch.cat([smooth_factor(x, every, smooth) for x, smooth in pairs if smooth], -1)
+    first = ((view.packed == 0) & (step.packed > 0))[:, None, None]
+    view.smooth.copy_(torch.where(first, new, view.smooth))
+    factors = zip(body, smooth_factors(view, spec), strict=True)
+    return [x if f is None else (x / f.unsqueeze(2)).to(x.dtype) for x, f in factors]
+
+
+def new_smooth(spec: KVSpec, key: Tensor, value: Tensor) -> Tensor:
+    """`CacheView.smooth` of empty rows, for exact slots `[B, Hkv, E, D]` of keys and values."""
+    pairs = ((spec.key, key), (spec.value, value))
+    channels = sum(x.shape[3] for one, x in pairs if one is not None and one.smooth)
+    return torch.ones(*key.shape[:2], channels, device=key.device)
 
 
 def _columns(new: Tensor, rank: Tensor) -> Tensor:
@@ -309,8 +332,12 @@ def unpack_unit(
     column = (packed // PAGE_TOKENS).clamp_max(view.table.shape[1] - 1)[:, None]
     page = view.table.gather(1, column)
     dtype, new = view.exact_key.dtype, []
-    for pages, one in ((view.key, spec.key), (view.value, spec.value)):
-        dense = gather_pages(pages, one, page, dtype)
+    both = (
+        (view.key, spec.key, view.exact_key.shape[3]),
+        (view.value, spec.value, view.exact_value.shape[3]),
+    )
+    for (pages, one, size), smooth in zip(both, smooth_factors(view, spec), strict=True):
+        dense = gather_pages(pages, one, page, dtype, size, smooth)
         new.append(dense[row, :, packed[:, None] % PAGE_TOKENS + index].transpose(1, 2))
     return new[0], new[1], position
 
@@ -333,8 +360,9 @@ def dense(view: CacheView, spec: KVSpec, tokens: int, lost: list[int]) -> tuple[
     row = torch.arange(target.shape[0], device=target.device)[:, None]
     pairs = ((view.key, spec.key, view.exact_key), (view.value, spec.value, view.exact_value))
     both = []
-    for pages, one, exact in pairs:
-        x = torch.cat([gather_pages(pages, one, view.table, exact.dtype), exact[:, :, :-1]], 2)
+    for (pages, one, exact), smooth in zip(pairs, smooth_factors(view, spec), strict=True):
+        packed = gather_pages(pages, one, view.table, exact.dtype, exact.shape[3], smooth)
+        x = torch.cat([packed, exact[:, :, :-1]], 2)
         out = x.new_zeros(x.shape[0], x.shape[1], tokens + 1, x.shape[3])
         out[row, :, target] = x.transpose(1, 2)
         both.append(out[:, :, :tokens])

@@ -18,7 +18,8 @@ class CacheView(NamedTuple):
     Where a layer has a sliding window, columns that no query with this window sees may name pages
     of newer tokens, or page 0.
     Token p of a row is sink slot p if p < S; packed token p - S if p < S + packed; else it lies in
-    ring slot (p - S) mod W.
+    ring slot (p - S) mod W. `smooth [B, Hkv, n]`: what the channels of packed keys, then of values,
+    were divided by, of those that the spec smooths (n = 0 for none).
     """
 
     key: Pages
@@ -28,3 +29,4 @@ class CacheView(NamedTuple):
     exact_key: Tensor
     exact_value: Tensor
     length: Tensor
+    smooth: Tensor | None = None

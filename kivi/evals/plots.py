@@ -84,6 +84,39 @@ def quality_figure(points: Sequence[Point]) -> Figure | None:
     return figure
 
 
+def pareto_figure(points: Sequence[Point], fused: Sequence[bool]) -> Figure | None:
+    """Mean KL against measured size, `bits` in MiB, with the front that nothing beats in both.
+
+    Schemes that a fused kernel serves are filled, others hollow. None if there is no loss to show.
+    """
+    shown = [(p, f) for p, f in zip(points, fused, strict=True) if p.kl[0] > LOSSLESS]
+    if not shown:
+        return None
+    figure = _figure(8.4, 5.4)
+    axes = figure.add_subplot()
+    axes.set_yscale("log")
+    _frame(axes, [p for p, _ in shown], [p.label for p in points if p.kl[0] <= LOSSLESS])
+    axes.set_xlabel("MiB of the cache in use, exact window and metadata counted", color=INK)
+    front = pareto_front([p for p, _ in shown])
+    axes.plot([p.bits for p in front], [p.kl[0] for p in front], "--", color=INK, lw=1, zorder=2)
+    colors = [COLORS[0] if p in front else COLORS[7] for p, _ in shown]
+    for (point, solid), color in zip(shown, colors, strict=True):
+        face = color if solid else "white"
+        axes.scatter(point.bits, point.kl[0], s=46, color=face, edgecolors=color, lw=1.4, zorder=4)
+    axes.set_title("Loss of quality against measured size (filled: fused kernel)", loc="left")
+    _label(figure, axes, [p for p, _ in shown], colors)
+    return figure
+
+
+def pareto_front(points: Sequence[Point]) -> list[Point]:
+    """Points that no other one beats in size and loss at once, from small to large."""
+    front: list[Point] = []
+    for point in sorted(points, key=lambda p: (p.bits, p.kl[0])):
+        if not front or point.kl[0] < front[-1].kl[0]:
+            front.append(point)
+    return front
+
+
 def _frame(axes: Axes, points: Sequence[Point], lossless: Sequence[str]) -> None:
     from matplotlib.ticker import MaxNLocator
 

@@ -6,14 +6,14 @@ import csv
 import dataclasses
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from kivi.evals.ablation import Ablation
 from kivi.evals.environment import Environment
 from kivi.evals.intervals import LEVEL, Interval
-from kivi.evals.plots import Point, RecallMap, passkey_figure, quality_figure
+from kivi.evals.plots import Point, RecallMap, pareto_figure, passkey_figure, quality_figure
 from kivi.evals.rows import COLUMNS, Row, cells, make_row, short_names
 from kivi.quantizer import KVQuantizer
 
@@ -77,6 +77,11 @@ def write_report(
     if quality is not None:
         quality.savefig(out / "quality_vs_bits.png")
         files.append(out / "quality_vs_bits.png")
+    sizes = [replace(p, bits=r.cache_bytes_used / 2**20) for p, r in zip(points, rows, strict=True)]
+    pareto = pareto_figure(sizes, [row.fused_kernel for row in rows])
+    if pareto is not None:
+        pareto.savefig(out / "pareto.png")
+        files.append(out / "pareto.png")
     maps = [
         RecallMap(
             short_names(scheme)[1],

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
+from kivi.attention import why_not_fused
 from kivi.evals.ablation import SchemeScores
 from kivi.quantizer import KVQuantizer
-from kivi.spec import WORD_BITS, QuantSpec
+from kivi.spec import WORD_BITS, QuantSpec, Spec
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class Row:
     attention_error: float | None
     cache_bytes: int
     cache_bytes_used: int
+    fused_kernel: bool
 
 
 def make_row(scores: SchemeScores, scheme: KVQuantizer, head_dim: int) -> Row:
@@ -71,16 +75,17 @@ def make_row(scores: SchemeScores, scheme: KVQuantizer, head_dim: int) -> Row:
         attention_error=sum(layers) / len(layers) if layers else None,
         cache_bytes=decode.size.allocated,
         cache_bytes_used=decode.size.used,
+        fused_kernel=why_not_fused(spec, head_dim, torch.float16) is None,
     )
 
 
-def _bits(spec: QuantSpec | None) -> int:
+def _bits(spec: Spec | None) -> int:
     return spec.bits if spec else WORD_BITS
 
 
-def _group_size(key: QuantSpec | None, value: QuantSpec | None, head_dim: int) -> str:
+def _group_size(key: Spec | None, value: Spec | None, head_dim: int) -> str:
     """`32`, or `128/32` where keys and values differ, `-` for what has none."""
-    both = [str(s.group(head_dim)) if s else "-" for s in (key, value)]
+    both = [str(s.group(head_dim)) if isinstance(s, QuantSpec) else "-" for s in (key, value)]
     return both[0] if both[0] == both[1] else "/".join(both)
 
 
@@ -118,6 +123,7 @@ COLUMNS = (
     ("passkey", "passkey"),
     ("attention_error", "attn error"),
     ("cache_bytes", "cache MiB"),
+    ("fused_kernel", "kernel"),
 )
 """Columns for people: key and heading."""
 
@@ -136,6 +142,7 @@ def cells(row: Row) -> dict[str, str]:
         "passkey": "" if row.passkey is None else f"{row.passkey:.0%}",
         "attention_error": "" if row.attention_error is None else f"{row.attention_error:.2%}",
         "cache_bytes": megabytes(row.cache_bytes),
+        "fused_kernel": "fused" if row.fused_kernel else "",
     }
 
 

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kivi.quantize import Pages, dequantize_pages, quantize_pack
-from kivi.spec import PAGE_TOKENS, KVSpec, QuantSpec
+from kivi.quantize import Pages, dequantize_pages, quantize_pack, saturate
+from kivi.spec import PAGE_TOKENS, KVSpec, Spec
 from kivi.view import CacheView
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "merge",
     "partial_attention",
     "quantize_pack",
+    "smooth_factors",
 ]
 
 # Log-sum-exp of nothing: finite, so that differences of two of them are not NaN.
@@ -46,14 +47,34 @@ def exact_positions(view: CacheView, sinks: int) -> tuple[Tensor, Tensor]:
     return position, visible
 
 
-def gather_pages(pages: Pages, spec: QuantSpec | None, table: Tensor, dtype: torch.dtype) -> Tensor:
-    """Dense tokens `[B, Hkv, n * 512, D]` of the pages in `table [B, n]`."""
+def smooth_factors(view: CacheView, spec: KVSpec) -> tuple[Tensor | None, Tensor | None]:
+    """What the channels of packed keys and values were divided by, `[B, Hkv, D]` each."""
+    key = view.exact_key.shape[3] if spec.key and spec.key.smooth else 0
+    value = bool(spec.value and spec.value.smooth)
+    both = view.smooth
+    assert both is not None or not (key or value)
+    return (
+        both[..., :key] if both is not None and key else None,
+        both[..., key:] if both is not None and value else None,
+    )
+
+
+def gather_pages(
+    pages: Pages,
+    spec: Spec | None,
+    table: Tensor,
+    dtype: torch.dtype,
+    head_dim: int,
+    smooth: Tensor | None = None,
+) -> Tensor:
+    """Dense tokens `[B, Hkv, n * 512, D]` of the pages in `table [B, n]`; `smooth [B, Hkv, D]`."""
     b, n = table.shape
     index = table.reshape(-1)
-    scale, zero = (None if x is None else x[index] for x in (pages.scale, pages.zero))
-    taken = Pages(pages.words[index], scale, zero)
-    dense = dequantize_pages(taken, spec, dtype)
-    return dense.view(b, n, *dense.shape[1:]).transpose(1, 2).flatten(2, 3)
+    words, *others = pages
+    taken = Pages(words[index], *(None if x is None else x[index] for x in others))
+    dense = dequantize_pages(taken, spec, dtype if smooth is None else torch.float32, head_dim)
+    dense = dense.view(b, n, *dense.shape[1:]).transpose(1, 2).flatten(2, 3)
+    return dense if smooth is None else saturate(dense * smooth.unsqueeze(2), dtype)
 
 
 def partial_attention(
@@ -131,7 +152,7 @@ def _cached_parts(
 ) -> list[tuple[Tensor, Tensor]]:
     """Partial attentions over the exact slots and over blocks of packed pages."""
     b, hq, t, _ = q.shape
-    sinks, n = spec.sink_length, view.table.shape[1]
+    sinks, n, smooth = spec.sink_length, view.table.shape[1], smooth_factors(view, spec)
 
     def part(k: Tensor, v: Tensor, position: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
         # What is not part of the row is zeroed: a NaN there would survive a weight of 0.
@@ -148,8 +169,9 @@ def _cached_parts(
         table = view.table[:, start : start + block]
         index = torch.arange(table.shape[1] * PAGE_TOKENS, device=q.device) + start * PAGE_TOKENS
         visible = index < view.packed[:, None]
-        k = gather_pages(view.key, spec.key, table, q.dtype)
-        v = gather_pages(view.value, spec.value, table, q.dtype)
+        sizes = view.exact_key.shape[3], view.exact_value.shape[3]
+        k = gather_pages(view.key, spec.key, table, q.dtype, sizes[0], smooth[0])
+        v = gather_pages(view.value, spec.value, table, q.dtype, sizes[1], smooth[1])
         parts.append(part(k, v, (sinks + index).expand(b, -1), visible))
     return parts
 

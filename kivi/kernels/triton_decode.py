@@ -20,7 +20,7 @@ from kivi.kernels.triton_attend import attend
 from kivi.kernels.triton_tile_rows import LOG2E, combine
 from kivi.kernels.triton_tiles import padded
 from kivi.packing import widths
-from kivi.spec import PAGE_TOKENS, TILE_ROWS, KVSpec, QuantSpec
+from kivi.spec import PAGE_TOKENS, TILE_ROWS, KVSpec, QuantSpec, Spec
 
 INTERPRETED = not isinstance(attend, triton.JITFunction)
 # Whether codes are read as denormals, and that by inline assembly (triton_tiles).
@@ -258,8 +258,8 @@ torch.library.register_fake("kivi::decode_attention", _fake, lib=_library)
 
 
 def supports(
-    key: QuantSpec | None,
-    value: QuantSpec | None,
+    key: Spec | None,
+    value: Spec | None,
     head_dim: int,
     value_head_dim: int,
     dtype: torch.dtype,
@@ -270,6 +270,14 @@ def supports(
     for name, spec, size in (("key", key, head_dim), ("value", value, value_head_dim)):
         if size > MAX_HEAD_DIM:
             return f"the {name} head dimension {size} is more than {MAX_HEAD_DIM}"
+        if spec is not None and not isinstance(spec, QuantSpec):
+            return f"{name}: the kernels do not take {type(spec).__name__}, a format of its own"
+        for field in ("clip", "transform", "center", "token_norm", "smooth"):
+            wanted = getattr(spec, field, None)
+            if spec is not None and wanted != getattr(QuantSpec, field):
+                return f"{name}: the kernels do not take {field}={wanted!r}"
+        if spec is not None and spec.grid not in ("asymmetric", "symmetric", "least_squares"):
+            return f"{name}: the kernels do not take grid={spec.grid!r}"
         try:
             _flat(spec, size)
         except ValueError as error:
@@ -277,10 +285,11 @@ def supports(
     return None
 
 
-def _flat(spec: QuantSpec | None, head_dim: int) -> tuple[int, bool, int]:
+def _flat(spec: Spec | None, head_dim: int) -> tuple[int, bool, int]:
     """Bits (0: none), whether scales are per channel, and the group size."""
     if spec is None:
         return 0, False, head_dim
+    assert isinstance(spec, QuantSpec)
     return spec.bits, spec.axis == "channel", spec.group(head_dim)
 
 
@@ -313,8 +322,8 @@ def decode_attention(
     """
     out: tuple[Tensor, Tensor] = torch.ops.kivi.decode_attention(
         q,
-        *view.key,
-        *view.value,
+        *view.key[:3],
+        *view.value[:3],
         view.table,
         view.packed,
         view.exact_key,

@@ -16,7 +16,7 @@ from kivi.grids import metadata_dtype, refit_unit, symmetric_offset
 from kivi.kernels.triton_pack import copy_tokens, quantize_tiles
 from kivi.packing import widths
 from kivi.quantize import Pages
-from kivi.spec import TILE_ROWS, WORD_BITS, QuantSpec
+from kivi.spec import TILE_ROWS, WORD_BITS, QuantSpec, Spec
 
 
 @cache
@@ -135,7 +135,7 @@ torch.library.register_fake("kivi::quantize_pack", lambda *_: None, lib=_LIBRARY
 
 def quantize_pack(
     pages: Pages,
-    spec: QuantSpec | None,
+    spec: Spec | None,
     x: Tensor,
     page: Tensor,
     first: Tensor,
@@ -149,5 +149,6 @@ def quantize_pack(
     if valid is not None:
         valid = valid.expand(x.shape[:-1])
         valid = valid.flatten(0, 1) if x.dim() == 5 else valid
+    assert spec is None or isinstance(spec, QuantSpec)
     of_spec = (spec.bits, spec.axis, spec.group_size, spec.grid) if spec else (0, "", None, "")
-    torch.ops.kivi.quantize_pack.default(*pages, x, page, first, valid, *of_spec)
+    torch.ops.kivi.quantize_pack.default(*pages[:3], x, page, first, valid, *of_spec)

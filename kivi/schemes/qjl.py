@@ -1,0 +1,68 @@
+"""QJL (2406.03482): keys as the signs of a random projection and their norm."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kivi.packing import join_bits, of_bytes, split_bits
+from kivi.quantizer import KVQuantizer
+from kivi.spec import KVSpec, OpaqueSpec, QuantSpec, check_count
+from kivi.transforms import random_matrix
+
+
+@dataclass(frozen=True)
+class Sketch(OpaqueSpec):
+    """`sign(S k)` and `|k|`; the score is `sqrt(pi/2) / m |k| <S q, sign(S k)>` (definition 3.1).
+
+    S is Gaussian with orthogonal blocks of D rows (section 3.3), of norm sqrt(D); `bits` is m / D.
+    The score is linear in q, so a key decodes to `sqrt(pi/2) / m |k| S^T sign(S k)`.
+    """
+
+    bits: int
+    stable = False
+
+    def nbytes(self, head_dim: int) -> int:
+        """See OpaqueSpec."""
+        if head_dim % 8:
+            raise ValueError(f"head_dim={head_dim} is not allowed; it must be a multiple of 8")
+        return self.bits * head_dim // 8 + 2
+
+    def encode(self, x: Tensor, valid: Tensor) -> tuple[Tensor, ...]:
+        """See OpaqueSpec."""
+        x = x.squeeze(-2).nan_to_num(0.0, 0.0, 0.0)
+        d, norm = x.shape[-1], x.norm(dim=-1, keepdim=True)
+        sign = x @ random_matrix(self.bits * d, d, True, x.device).T >= 0
+        return join_bits(sign, 1), norm.clamp_max(65504).half()
+
+    def decode(self, data: Tensor, head_dim: int) -> Tensor:
+        """See OpaqueSpec."""
+        sketch, norm = data[..., :-2], of_bytes(data[..., -2:], torch.float16)
+        rows = self.bits * head_dim
+        projection = random_matrix(rows, head_dim, True, data.device)
+        back: Tensor = (2.0 * split_bits(sketch, 1) - 1) @ projection
+        return (math.sqrt(math.pi / 2 * head_dim) / rows * norm.float() * back).unsqueeze(-2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QJL(KVQuantizer, name="qjl", paper="2406.03482"):
+    """Sketched keys, asymmetric per-token values (algorithm 1).
+
+    `key_bits` is the sketch's size for each channel. The paper also gives outlier channels a sketch
+    of their own; here there is one for all.
+    """
+
+    key_bits: int = 3
+    value_bits: int = 2
+    group_size: int | None = 32
+    residual_length: int = 128
+    sink_length: int = 0
+
+    def spec(self, layer_idx: int | None = None) -> KVSpec:
+        """See KVQuantizer.spec."""
+        check_count("key_bits", self.key_bits, 1)
+        value = QuantSpec(self.value_bits, "token", self.group_size)
+        return KVSpec(Sketch(self.key_bits), value, self.residual_length, self.sink_length)

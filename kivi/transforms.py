@@ -1,0 +1,96 @@
+"""Linear maps of the tokens: quantized is the map of a key or value, attention undoes it.
+
+Keys: `<q, k> = <M^-T q, M k>`, so a kernel may map the query instead. Values: the inverse map of
+the output is the output of the inverse maps.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from kivi.spec import Smooth
+
+SMOOTHED = 32
+"""Tokens, the first packed ones, that the channels' factors are found from."""
+
+
+def hadamard(x: Tensor, block: int) -> Tensor:
+    """The Walsh-Hadamard map of each block of `block` channels, `[..., D]` float32; 1: none.
+
+    Times `2^-floor(log2(block) / 2)`, which makes it orthogonal for even powers and sqrt(2) times
+    that for odd ones: a power of two rounds nothing. Sums have a fixed order, so that every
+    implementation finds the same numbers.
+    """
+    return _butterflies(x, block) * 2.0 ** -((block.bit_length() - 1) // 2)
+
+
+def inverse_hadamard(x: Tensor, block: int) -> Tensor:
+    """What `hadamard` undoes; also the map of the queries that go with mapped keys."""
+    return _butterflies(x, block) * 2.0 ** -(block.bit_length() // 2)
+
+
+def _butterflies(x: Tensor, block: int) -> Tensor:
+    step = 1
+    while step < block:
+        low, high = x.unflatten(-1, (-1, 2, step)).unbind(-2)
+        x = torch.stack([low + high, low - high], -2).flatten(-3)
+        step *= 2
+    return x
+
+
+def smooth_factor(x: Tensor, valid: Tensor, smooth: Smooth) -> Tensor:
+    """What each channel of a sequence is divided by: powers of two, which round nothing.
+
+    A rotation spreads the error of a channel over all of them. Where queries are small on a channel
+    of outliers, and that is what a model learns, the error must stay in it: "outliers" divides by
+    `max(1, std / (4 * typical std))`, typical being the median, at least a 16th of the mean. "max"
+    divides by `max|x|`, so that all channels are alike (as SmoothQuant, 2211.10438, eq. 4, with all
+    of the difficulty moved to the queries).
+
+    Args:
+        x: `[..., T, D]`, of which the first 32 tokens count.
+        valid: bool, broadcastable to `[..., T]`.
+        smooth: which.
+
+    Returns:
+        `[..., D]` float32, `2**-14` to `2**14`.
+    """
+    x = x[..., :SMOOTHED, :].float()
+    finite = valid[..., :SMOOTHED, None] & x.isfinite()
+    x = torch.where(finite, x, 0.0)
+    if smooth == "max":
+        ratio = x.abs().amax(-2)
+    else:
+        count = finite.sum(-2).clamp_min(1)
+        rest = torch.where(finite, x - (x.sum(-2) / count).unsqueeze(-2), 0.0)
+        spread = (rest.square().sum(-2) / count).sqrt()
+        typical = spread.median(-1, keepdim=True).values
+        typical = torch.maximum(typical, spread.mean(-1, keepdim=True) / 16)
+        ratio = spread / (4 * typical).clamp_min(1e-30)
+        ratio = ratio.clamp_min(1.0)
+    return torch.where(ratio > 0, ratio, 1.0).clamp(2.0**-14, 2.0**14).log2().round().exp2()
+
+
+@cache
+def _random_matrix(rows: int, columns: int, orthogonal: bool) -> Tensor:
+    generator = torch.Generator().manual_seed(columns + orthogonal)
+    x = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+    if orthogonal:
+        x = torch.linalg.qr(x.unflatten(0, (-1, columns)))[0].flatten(0, 1)
+    return x.float()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def random_matrix(rows: int, columns: int, orthogonal: bool, device: torch.device) -> Tensor:
+    """A fixed random matrix `[rows, columns]`, the same wherever it is asked for.
+
+    Args:
+        rows: a multiple of `columns` if orthogonal.
+        columns: D.
+        orthogonal: each block of D rows is orthonormal; else elements are standard Gaussian.
+        device: where it is wanted.
+    """
+    return _random_matrix(rows, columns, orthogonal).to(device)
