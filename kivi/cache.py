@@ -14,6 +14,7 @@ from torch import Tensor
 from kivi import checks, store
 from kivi.attention import Impl, get_ops
 from kivi.pages import CacheBytes, PageTable
+from kivi.smoothing import new_smooth
 from kivi.spec import KVSpec, check_choice, check_count
 from kivi.view import CacheView
 
@@ -63,8 +64,7 @@ class LayerCache:
         check_count("batch_size", batch_size, 1)
         check_count("num_kv_heads", num_kv_heads, 1)
         for name, count in (("max_length", max_length), ("sliding_window", sliding_window)):
-            if count is not None:
-                check_count(name, count, 1)
+            check_count(name, 1 if count is None else count, 1)
         check_choice("dtype", dtype, checks.DTYPES)
         spec.bits_per_element(head_dim, value_head_dim)  # raises where one does not fit
         self.spec, self.max_length, self.check_finite = spec, max_length, check_finite
@@ -72,17 +72,16 @@ class LayerCache:
         self.batch_size, self.num_kv_heads = batch_size, num_kv_heads
         self.head_dim, self.value_head_dim, self.dtype = head_dim, value_head_dim, dtype
         self.device = checks.check_device(device)
-        dims = (head_dim, value_head_dim)
-        self._ops = get_ops(impl, spec, dims, dtype, self.device)
-        shape = (batch_size, num_kv_heads, dims)
-        self._pages = PageTable(spec, *shape, dtype, self.device, max_length, sliding_window)
+        shape, where = (batch_size, num_kv_heads, (head_dim, value_head_dim)), (dtype, self.device)
+        self._ops = get_ops(impl, spec, shape[2], *where)
+        self._pages = PageTable(spec, *shape, *where, max_length, sliding_window)
         self._table = torch.zeros(batch_size, 0, dtype=torch.int64, device=self.device)
         slots = (batch_size, num_kv_heads, spec.sink_length + store.ring_slots(spec) + 1)
         self._exact_key = torch.zeros(*slots, head_dim, dtype=dtype, device=self.device)
         self._exact_value = torch.zeros(*slots, value_head_dim, dtype=dtype, device=self.device)
         self._length = torch.zeros(batch_size, dtype=torch.int64, device=self.device)
         self._packed = self._length.clone()
-        self._smooth = store.new_smooth(spec, self._exact_key, self._exact_value)
+        self._smooth = new_smooth(spec, self._exact_key, self._exact_value)
         self._host: store.Counts | None = ([0] * batch_size, [0] * batch_size)
         self._captured = False
         self._write_table()
@@ -99,16 +98,12 @@ class LayerCache:
         """Bytes allocated and in use."""
         lengths, packed = self._mirror()
         exact = (sum(lengths) - sum(packed)) * sum(t[0, :, 0].nbytes for t in self._view()[4:6])
-        counters = self._table.nbytes + self._length.nbytes + self._packed.nbytes
+        exact += sum(t.nbytes for t in (self._table, self._length, self._packed, self._smooth))
         own = sum(t.nbytes for t in self._view()[2:] if t is not None)
-        used = self._pages.used_nbytes(packed) + exact + counters
-        return CacheBytes(self._pages.pool.nbytes + own, used)
+        return CacheBytes(self._pages.pool.nbytes + own, self._pages.used_nbytes(packed) + exact)
 
     def dequantize(self) -> tuple[Tensor, Tensor]:
-        """Dense keys and values `[B, Hkv, max(lengths), D]`, left-aligned, 0 past a row's end.
-
-        What a sliding window has forgotten is 0 as well.
-        """
+        """Dense keys and values `[B, Hkv, max(lengths), D]`, 0 past a row's end or forgotten."""
         lengths, packed = self._mirror()
         return store.dense(self._view(), self.spec, max(lengths), self._pages.forgotten(packed))
 
@@ -267,8 +262,8 @@ class LayerCache:
     def check_crop(self, tokens: int) -> store.Counts:
         """What `crop` raises, and the counts after it; nothing changes."""
         counts = self._mirror()
-        forgotten = self._pages.forgotten(counts[1])
-        return store.cut(self.spec, counts, tokens, self.sliding_window, forgotten)
+        lost = self._pages.forgotten(counts[1])
+        return store.cut(self.spec, counts, tokens, self.sliding_window, lost)
 
     def reset(self) -> None:
         """Forget all tokens; buffers and, with `max_length`, addresses stay."""
@@ -293,9 +288,9 @@ class LayerCache:
         return not checks.tracing() and not any(self._mirror()[0])
 
     def _view(self) -> CacheView:
-        pool, exact = self._pages.pool, (self._exact_key, self._exact_value)
-        rows = (self._table, self._packed, *exact, self._length, self._smooth)
-        return CacheView(pool.key, pool.value, *rows)
+        rows = (self._exact_key, self._exact_value, self._length, self._smooth)
+        pool = self._pages.pool
+        return CacheView(pool.key, pool.value, self._table, self._packed, *rows)
 
     @torch.inference_mode(False)
     def _write_table(self) -> None:
@@ -343,8 +338,8 @@ class LayerCache:
         fresh = valid is None and self._is_empty()
         if host is not None and self._pages.rounds:  # should packing fail, this much is gone
             self._pages.lost = self._pages.forgotten(host[1])
-        op, ring = self._ops.quantize_pack, self._pages.ring if self._pages.rounds else None
-        store.store(self._view(), self.spec, k, v, step, fresh, op, ring)
+        ring = self._pages.ring if self._pages.rounds else None
+        store.store(self._view(), self.spec, k, v, step, fresh, self._ops.quantize_pack, ring)
         self._length.copy_(step.length)
         if step.units:
             self._packed.copy_(step.packed)

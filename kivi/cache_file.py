@@ -10,17 +10,26 @@ from torch import Tensor
 
 from kivi.attention import Impl
 from kivi.cache import LayerCache
-from kivi.spec import KVSpec, QuantSpec
+from kivi.spec import KVSpec, OpaqueSpec, QuantSpec
 
 
 def describe(cache: LayerCache) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What `rebuild` makes the layer of again.
 
+    Raises:
+        ValueError: for a format of a scheme's own, which no other program could read.
+
     Returns:
         a description that JSON can write, and tensors by name: each page that holds packed tokens
         once, whatever rows share it, and the exact slots.
     """
-    packed, view = cache.packed_lengths(), cache._view()
+    for name, spec in (("key", cache.spec.key), ("value", cache.spec.value)):
+        if isinstance(spec, OpaqueSpec):
+            raise ValueError(
+                f"a cache whose {name} spec is {type(spec).__name__} cannot be saved; what is "
+                "declared as a QuantSpec can"
+            )
+    packed = cache.packed_lengths()
     pages, rows = cache._pages.used(packed)
     index = torch.tensor(pages, dtype=torch.int64, device=cache.device)
     description = {
@@ -35,7 +44,7 @@ def describe(cache: LayerCache) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "rows": rows,
     }
     tensors = {name: x[index] for name, x in _pages(cache).items()}
-    return description, tensors | {"exact_key": view.exact_key, "exact_value": view.exact_value}
+    return description, tensors | _of_rows(cache)
 
 
 def rebuild(
@@ -72,9 +81,8 @@ def rebuild(
     )
     with torch.inference_mode(False):
         cache._pages.refill(description["rows"], packed, description["forgotten"])
-        view = cache._view()
-        exact = {"exact_key": view.exact_key, "exact_value": view.exact_value}
-        shapes = {name: x.shape[1:] for name, x in (_pages(cache) | exact).items()}
+        rows = _of_rows(cache)
+        shapes = {name: x.shape[1:] for name, x in (_pages(cache) | rows).items()}
         if shapes != {name: x.shape[1:] for name, x in tensors.items()}:
             raise ValueError("its tensors are not those of the layer it describes")
         pairs = [
@@ -85,7 +93,7 @@ def rebuild(
         target, source = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2).unbind(1)
         for name, x in _pages(cache).items():
             x[target.to(x.device)] = tensors[name].to(x)[source.to(x.device)]
-        for name, x in exact.items():
+        for name, x in rows.items():
             x.copy_(tensors[name])
         cache._length.copy_(torch.tensor(lengths))
         cache._packed.copy_(torch.tensor(packed))
@@ -100,6 +108,14 @@ def _pages(cache: LayerCache) -> dict[str, Tensor]:
     both = (("key", pool.key), ("value", pool.value))
     named = {f"{name}_{field}": x for name, p in both for field, x in p._asdict().items()}
     return {name: x for name, x in named.items() if x is not None}
+
+
+def _of_rows(cache: LayerCache) -> dict[str, Tensor]:
+    """The rows' own tensors by name, beside the counters."""
+    view = cache._view()
+    tensors = {"exact_key": view.exact_key, "exact_value": view.exact_value}
+    smooth = {} if view.smooth is None or not view.smooth.numel() else {"smooth": view.smooth}
+    return tensors | smooth
 
 
 def _spec(fields: dict[str, Any]) -> KVSpec:

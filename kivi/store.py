@@ -11,8 +11,8 @@ from torch import Tensor
 from kivi.kernels.reference import exact_positions, gather_pages, smooth_factors
 from kivi.packing import units_per_tile
 from kivi.pages import CROP
+from kivi.smoothing import smoothed
 from kivi.spec import PAGE_TOKENS, TILE_ROWS, KVSpec, QuantSpec, check_count
-from kivi.transforms import smooth_factor
 from kivi.view import CacheView
 
 SLACK = TILE_ROWS
@@ -220,7 +220,7 @@ def store(
         units -= skipped * PAGE_TOKENS // unit
         begin = sinks + skipped * PAGE_TOKENS
         body = [x[:, :, begin : begin + units * unit] for x in (k, v)]
-        body = _smoothed(view, spec, body, step)
+        body = smoothed(view, spec, body, step.packed)
         if done > 0:
             page = view.table[:, skipped : skipped + done]
             for x, pages, one in zip(
@@ -232,7 +232,7 @@ def store(
         units -= done * PAGE_TOKENS // unit
     elif units:
         body = _leaving(view, spec, k, v, step.position, start, units)
-        body = _smoothed(view, spec, body, step)
+        body = smoothed(view, spec, body, step.packed)
     if units:
         first = start[:, None]
         if units > 1 or done:
@@ -241,26 +241,6 @@ def store(
         pack_units(view, spec, sources, first, first < step.packed[:, None], quantize_pack)
     if t > SLACK:
         _enter(view, spec, k, v, step)
-
-
-def _smoothed(view: CacheView, spec: KVSpec, body: list[Tensor], step: Step) -> list[Tensor]:
-    """Leaving tokens with their channels divided; the first unit of a row says by what."""
-    if view.smooth is None or not view.smooth.shape[2]:
-        return body
-    pairs = [(x, one.smooth) for x, one in zip(body, (spec.key, spec.value), strict=True) if one]
-    every = torch.ones(spec.unit, dtype=torch.bool, device=view.length.device)
-    new = torch.cat([smooth_factor(x, every, smooth) for x, smooth in pairs if smooth], -1)
-    first = ((view.packed == 0) & (step.packed > 0))[:, None, None]
-    view.smooth.copy_(torch.where(first, new, view.smooth))
-    factors = zip(body, smooth_factors(view, spec), strict=True)
-    return [x if f is None else (x / f.unsqueeze(2)).to(x.dtype) for x, f in factors]
-
-
-def new_smooth(spec: KVSpec, key: Tensor, value: Tensor) -> Tensor:
-    """`CacheView.smooth` of empty rows, for exact slots `[B, Hkv, E, D]` of keys and values."""
-    pairs = ((spec.key, key), (spec.value, value))
-    channels = sum(x.shape[3] for one, x in pairs if one is not None and one.smooth)
-    return torch.ones(*key.shape[:2], channels, device=key.device)
 
 
 def _columns(new: Tensor, rank: Tensor) -> Tensor:

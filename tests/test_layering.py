@@ -25,6 +25,7 @@ LAYERS = (
     ("kivi.kernels.reference", "kivi.kernels.triton_*"),
     ("kivi.kernels",),
     ("kivi.pages",),
+    ("kivi.smoothing",),
     ("kivi.store",),
     ("kivi.attention",),
     ("kivi.cache", "kivi.cache_*"),

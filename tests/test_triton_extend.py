@@ -337,7 +337,9 @@ def test_a_plain_prompt_is_left_to_pytorch() -> None:
 
 def flat(at: State) -> tuple:
     key, value = (triton_extend._flat(s, 32) for s in (at.spec.key, at.spec.value))
-    past = (None,) * 11 if at.view is None else (*at.view.key, *at.view.value, *at.view[2:])
+    past = (
+        (None,) * 11 if at.view is None else (*at.view.key[:3], *at.view.value[:3], *at.view[2:7])
+    )
     tensors = (*at[2:5], *past, at.position, at.valid, None, None)
     return (*tensors, *key, *value, at.spec.sink_length, 0.2, None, None)
 

@@ -104,7 +104,7 @@ def run(
         q,
         tuple(view.key),
         tuple(view.value),
-        *view[2:],
+        *view[2:7],
         position,
         s_aux,
         (spec.key.bits, spec.value.bits),

@@ -218,7 +218,7 @@ def extend_attention(
         gqa = k.shape[1] != q.shape[1]
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
         return out, None
-    past = (None,) * 11 if view is None else (*view.key, *view.value, *view[2:])
+    past = (None,) * 11 if view is None else (*view.key[:3], *view.value[:3], *view[2:7])
     result: tuple[Tensor, Tensor] = torch.ops.kivi.extend_attention(
         q,
         k,

@@ -162,7 +162,7 @@ def decode(
         for pages, n in ((key, bits[0]), (value, bits[1]))
     ]
     several = 1 if b == 1 else max(32, 2 ** (b - 1).bit_length())
-    static = (d, *bits, *groups, zero_of[0][1], zero_of[1][1], 1, planes, several, single)
+    static = (d, *bits, *groups, zero_of[0][1], zero_of[1][1], planes, several, single)
     early = major >= 9  # programmatic dependent launch
     kind = (q.device, q.dtype, softcap is None, None if s_aux is None else s_aux.dtype)
     _decode(

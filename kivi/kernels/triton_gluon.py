@@ -17,7 +17,6 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from kivi.kernels.triton_gluon_exact import attend_exact
-from kivi.kernels.triton_gluon_query import load_query, rotated
 from kivi.kernels.triton_gluon_steps import (
     LOG2_E,
     NOTHING,
@@ -30,6 +29,7 @@ from kivi.kernels.triton_gluon_steps import (
     fetch_values,
     headroom,
     join_aux,
+    load_query,
     rescale,
     scaled_query,
     units,
@@ -64,14 +64,13 @@ def decode_kernel(
     part, part_ml, out, lse, s_aux,
     scale, softcap, B, Hkv, blocks, rows, T, pages, slots, sinks,
     D: gl.constexpr, KB: gl.constexpr, VB: gl.constexpr, KG: gl.constexpr, VG: gl.constexpr,
-    K_ZERO: gl.constexpr, V_ZERO: gl.constexpr, BLOCK: gl.constexpr, NP: gl.constexpr,
+    K_ZERO: gl.constexpr, V_ZERO: gl.constexpr, NP: gl.constexpr,
     ROWS: gl.constexpr, SINGLE: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     """See the module. `rows` = query heads of a kv head times T; a program takes 8 of them.
 
     NP planes of 32 tokens make a step. K_ZERO, V_ZERO: factors of `kz` and `vz`: 1, or for a
-    symmetric grid, which derives its zeros, its zero over its scale (and `kz` is `ks`). BLOCK:
-    channels that keys were rotated over before they were packed (1: they were not). ROWS: B
+    symmetric grid, which derives its zeros, its zero over its scale (and `kz` is `ks`). ROWS: B
     rounded up to a power of 2. SINGLE: a program for each (row, head, block) writes `out` and
     `lse`; else partial sums go to `part` and `part_ml`. EARLY: let the next kernel start to wait
     (from sm_90 on).
@@ -161,9 +160,6 @@ def decode_kernel(
         q, power = load_query(q_ptr + q_at, block, rows, LIFT, D)
         my_q = block * 8 + r8
         seen_to = gl.load(query_position + b * T + my_q % T).to(gl.int32)
-        if BLOCK > 1:
-            q, factor = rotated(q, LIFT, D, BLOCK)
-            power *= factor
         unit_score = scale * LOG2_E * power
 
         # Packed scores are relative to this: their maximum less ROOM, or a little less.
@@ -319,9 +315,6 @@ def decode_kernel(
         if tile0 < tile1:
             at_row = ((b * Hkv + h) * (slots + 1)).to(gl.int64) * D
             seen_to = gl.minimum(seen_to, tokens - 1)
-            if BLOCK > 1:
-                q, power = load_query(q_ptr + q_at, block, rows, LIFT, D)
-                unit_score = scale * LOG2_E * power
             m, mass, values = attend_exact(
                 m, mass, values, q, unit_score * (1.0 / LIFT), seen_to, k_words, v_words,
                 xk + at_row, xv + at_row, tile0, tile1, tokens, n, slots, sinks, softcap, D, VG,

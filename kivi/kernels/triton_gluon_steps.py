@@ -102,6 +102,21 @@ def fetch_value_groups(scales, zeros, vs, vz, unit, sub, last, NP: gl.constexpr,
 
 
 @gluon.jit
+def load_query(source, block, rows, LIFT: gl.constexpr, D: gl.constexpr):
+    """8 queries as operand B `[D, 8]`, times LIFT over a power of 2; and that power.
+
+    The largest power of 2 in them goes into the scores, so that q * scale stays in range.
+    """
+    r = block * 8 + gl.arange(0, 8, layout=gl.SliceLayout(0, OPERAND_B))
+    d = gl.arange(0, D, layout=gl.SliceLayout(1, OPERAND_B))
+    q = gl.load(source + r[None, :] * D + d[:, None], mask=r[None, :] < rows, other=0.0)
+    power = gl.max(gl.max(gl.abs(q.to(gl.float32)), 1), 0)
+    power = (power.to(gl.int32, bitcast=True) & 0x7F800000).to(gl.float32, bitcast=True)
+    power = gl.maximum(power, 1e-30)
+    return (q.to(gl.float32) * (LIFT / power)).to(q.dtype), power
+
+
+@gluon.jit
 def scaled_query(q, scales, D: gl.constexpr):
     """`q [D, 8] * scales [D]`, with the rounding of half of the products carried into the others.
 
