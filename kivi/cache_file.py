@@ -20,7 +20,7 @@ def describe(cache: LayerCache) -> tuple[dict[str, Any], dict[str, Tensor]]:
         a description that JSON can write, and tensors by name: each page that holds packed tokens
         once, whatever rows share it, and the exact slots.
     """
-    packed, view = cache.packed_lengths(), cache._view()
+    packed = cache.packed_lengths()
     pages, rows = cache._pages.used(packed)
     index = torch.tensor(pages, dtype=torch.int64, device=cache.device)
     description = {
@@ -35,7 +35,7 @@ def describe(cache: LayerCache) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "rows": rows,
     }
     tensors = {name: x[index] for name, x in _pages(cache).items()}
-    return description, tensors | {"exact_key": view.exact_key, "exact_value": view.exact_value}
+    return description, tensors | _of_rows(cache)
 
 
 def rebuild(
@@ -72,9 +72,7 @@ def rebuild(
     )
     with torch.inference_mode(False):
         cache._pages.refill(description["rows"], packed, description["forgotten"])
-        view = cache._view()
-        exact = {"exact_key": view.exact_key, "exact_value": view.exact_value}
-        shapes = {name: x.shape[1:] for name, x in (_pages(cache) | exact).items()}
+        shapes = {name: x.shape[1:] for name, x in (_pages(cache) | _of_rows(cache)).items()}
         if shapes != {name: x.shape[1:] for name, x in tensors.items()}:
             raise ValueError("its tensors are not those of the layer it describes")
         pairs = [
@@ -85,7 +83,7 @@ def rebuild(
         target, source = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2).unbind(1)
         for name, x in _pages(cache).items():
             x[target.to(x.device)] = tensors[name].to(x)[source.to(x.device)]
-        for name, x in exact.items():
+        for name, x in _of_rows(cache).items():
             x.copy_(tensors[name])
         cache._length.copy_(torch.tensor(lengths))
         cache._packed.copy_(torch.tensor(packed))
@@ -100,6 +98,13 @@ def _pages(cache: LayerCache) -> dict[str, Tensor]:
     both = (("key", pool.key), ("value", pool.value))
     named = {f"{name}_{field}": x for name, p in both for field, x in p._asdict().items()}
     return {name: x for name, x in named.items() if x is not None}
+
+
+def _of_rows(cache: LayerCache) -> dict[str, Tensor]:
+    """What the rows hold beside pages and counters, by name: exact slots."""
+    counters = ("table", "packed", "length")
+    named = cache._view()._asdict().items()
+    return {n: x for n, x in named if isinstance(x, Tensor) and n not in counters}
 
 
 def _spec(fields: dict[str, Any]) -> KVSpec:
