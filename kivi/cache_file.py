@@ -81,8 +81,7 @@ def rebuild(
     )
     with torch.inference_mode(False):
         cache._pages.refill(description["rows"], packed, description["forgotten"])
-        rows = _of_rows(cache)
-        shapes = {name: x.shape[1:] for name, x in (_pages(cache) | rows).items()}
+        shapes = {name: x.shape[1:] for name, x in (_pages(cache) | _of_rows(cache)).items()}
         if shapes != {name: x.shape[1:] for name, x in tensors.items()}:
             raise ValueError("its tensors are not those of the layer it describes")
         pairs = [
@@ -93,7 +92,7 @@ def rebuild(
         target, source = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2).unbind(1)
         for name, x in _pages(cache).items():
             x[target.to(x.device)] = tensors[name].to(x)[source.to(x.device)]
-        for name, x in rows.items():
+        for name, x in _of_rows(cache).items():
             x.copy_(tensors[name])
         cache._length.copy_(torch.tensor(lengths))
         cache._packed.copy_(torch.tensor(packed))
@@ -111,11 +110,9 @@ def _pages(cache: LayerCache) -> dict[str, Tensor]:
 
 
 def _of_rows(cache: LayerCache) -> dict[str, Tensor]:
-    """The rows' own tensors by name, beside the counters."""
-    view = cache._view()
-    tensors = {"exact_key": view.exact_key, "exact_value": view.exact_value}
-    smooth = {} if view.smooth is None or not view.smooth.numel() else {"smooth": view.smooth}
-    return tensors | smooth
+    """What the rows hold beside pages and counters, by name: exact slots."""
+    others, named = ("table", "packed", "length"), cache._view()._asdict().items()
+    return {n: x for n, x in named if isinstance(x, Tensor) and x.numel() and n not in others}
 
 
 def _spec(fields: dict[str, Any]) -> KVSpec:

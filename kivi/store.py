@@ -211,7 +211,7 @@ def store(
     """
     t, unit, sinks = k.shape[2], spec.unit, spec.sink_length
     units, start, done = step.units, view.packed, 0
-    if ring is not None:
+    if units and ring is not None:
         start = torch.maximum(start, (-(-step.packed // PAGE_TOKENS) - ring) * PAGE_TOKENS)
         units = units if fresh else min(units, ring * PAGE_TOKENS // unit)
     if units and fresh:

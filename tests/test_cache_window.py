@@ -68,7 +68,7 @@ def test_a_prompt_packs_only_what_stays(monkeypatch: pytest.MonkeyPatch) -> None
     op = layer._ops.quantize_pack
 
     def count(pages, spec, x, page, first):
-        packed.append(x.shape[0] * x.shape[2])
+        packed.append(page.numel() * x.shape[-2])
         op(pages, spec, x, page, first)
 
     layer._ops = layer._ops._replace(quantize_pack=count)

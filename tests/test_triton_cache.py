@@ -61,7 +61,7 @@ def test_pages_that_come_round(max_length):
     )
     for t in (1500, 1, 130, 3):
         q, k, v = (torch.randn(1, heads, t, 32, device=DEVICE) for heads in (2, 1, 1))
-        if t > 32:
+        if t > 500:  # slow in the interpreter
             eager.append(k, v)
             kernels.append(k, v)
         else:
