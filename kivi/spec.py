@@ -113,6 +113,11 @@ class QuantSpec:
         return self.grid in ("asymmetric", "least_squares")
 
     @property
+    def stable(self) -> bool:
+        """Whether quantizing what was quantized finds it again: a clipped range shrinks anew."""
+        return self.clip == 1
+
+    @property
     def unit(self) -> int:
         """Tokens that are quantized together."""
         return self.group(0) if self.axis == "channel" else self.center or 1

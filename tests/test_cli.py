@@ -140,7 +140,7 @@ def test_ablate_writes_its_report(tiny: Path, tmp_path: Path) -> None:
     result = kivi(*given, "--out", tmp_path / "a")
     assert result.exit_code == 0, result.output
     assert "Full precision: perplexity" in result.stdout and "kivi:bits=2" in result.stdout
-    assert "quality_vs_bits.png, passkey.png" in result.stdout
+    assert "quality_vs_bits.png, pareto.png, passkey.png" in result.stdout
     assert "Traceback" not in result.stderr
 
     with (tmp_path / "a" / "ablation.csv").open(newline="") as file:

@@ -50,7 +50,7 @@ def test_decode_is_one_graph_for_600_steps_and_a_second_cache() -> None:
     assert addresses == [t.data_ptr() for t in a._view()[2:]]
     # Every page but the bin, in which masked writes land.
     for pages, expected in zip(a._view()[:2], eager._view()[:2], strict=True):
-        for x, y in zip(pages, expected, strict=True):
+        for x, y in zip(pages[:3], expected[:3], strict=True):
             assert torch.equal(x[1:], y[1:])
     # An eager call after compiled ones reads the counters back.
     a.append(prompt, prompt)
@@ -83,13 +83,17 @@ def test_a_growing_cache_says_that_it_cannot_compile() -> None:
         (QuantSpec(2, "channel", 32), torch.bfloat16),
         (QuantSpec(3, "token", 16, "least_squares"), torch.float32),
         (QuantSpec(4, "channel", 64, "symmetric"), torch.float16),
+        (
+            QuantSpec(2, "token", None, "unbiased", transform="hadamard", center=64),
+            torch.bfloat16,
+        ),
     ],
 )
 def test_compiled_quantize_pack_writes_the_same_bytes(spec: QuantSpec, dtype: torch.dtype) -> None:
     torch._dynamo.reset()
 
-    def run(words, scale, zero, x, page, first):
-        quantize_pack(Pages(words, scale, zero), spec, x, page, first)
+    def run(words, scale, zero, center, norm, x, page, first):
+        quantize_pack(Pages(words, scale, zero, center, norm), spec, x, page, first)
 
     compiled = torch.compile(run, fullgraph=True, dynamic=False)
     eager, other = (empty_pages(spec, 3, 2, 32, dtype) for _ in "ab")

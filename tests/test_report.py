@@ -113,7 +113,8 @@ def test_csv_says_what_was_measured(tmp_path: Path) -> None:
 
 def test_csv_leaves_what_was_not_measured_empty(tmp_path: Path) -> None:
     names = write(tmp_path / "new" / "folder", full=False)
-    assert names == ["ablation.csv", "ablation.json", "ablation.md", "quality_vs_bits.png"]
+    plots = ["quality_vs_bits.png", "pareto.png"]
+    assert names == ["ablation.csv", "ablation.json", "ablation.md", *plots]
     with (tmp_path / "new" / "folder" / "ablation.csv").open(newline="") as file:
         row = next(csv.DictReader(file))
     assert row["passkey"] == row["passkey_low"] == row["attention_error"] == ""
@@ -261,3 +262,16 @@ def test_passkey_panels_show_every_cell() -> None:
     bottom = [t.get_text() for t in panels[-1].get_xticklabels()]
     assert bottom == ["1K", "1500"]
     assert [t.get_text() for t in panels[0].get_yticklabels()] == ["0%", "50%"]
+
+
+def test_the_pareto_front_is_what_nothing_beats() -> None:
+    points = [
+        plots.Point("", name, size, (kl, kl, kl))
+        for name, size, kl in (("a", 2, 0.1), ("b", 3, 0.2), ("c", 3, 0.05), ("d", 9, 0.05))
+    ]
+    assert [p.label for p in plots.pareto_front(points)] == ["a", "c"]
+    figure = plots.pareto_figure(points, [True, False, True, False])
+    assert figure is not None
+    faces = [tuple(c.get_facecolors()[0][:3]) for c in figure.axes[0].collections]
+    assert [face == (1.0, 1.0, 1.0) for face in faces] == [False, True, False, True]
+    assert plots.pareto_figure([plots.Point("", "x", 1, (0.0, 0.0, 0.0))], [True]) is None

@@ -224,7 +224,7 @@ def test_copy(dtype: torch.dtype, unit: int, d: int) -> None:
 def test_bin_takes_several_runs() -> None:
     spec, x = QuantSpec(2, "channel"), torch.randn(3, 2, 32, 16).to(DEVICE)
     reference, kernel = written(spec, x, (64, 64, 32), page=(0, 0, 2))
-    for a, b in zip(reference, kernel, strict=True):
+    for a, b in zip(reference[:3], kernel[:3], strict=True):
         assert torch.equal(a[1:].view(torch.uint8), b[1:].view(torch.uint8))
 
 
@@ -235,7 +235,7 @@ def arguments(spec: QuantSpec, x: torch.Tensor) -> tuple[object, ...]:
     pages = garbage(spec, x.shape[1], x.shape[3], x.dtype)
     page, first = torch.tensor([2, 1], device=DEVICE), torch.tensor([0, 32], device=DEVICE)
     valid = torch.rand(2, x.shape[1], 32, device=DEVICE) < 0.9
-    return (*pages, x, page, first, valid, spec.bits, spec.axis, spec.group_size, spec.grid)
+    return (*pages[:3], x, page, first, valid, spec.bits, spec.axis, spec.group_size, spec.grid)
 
 
 @pytest.mark.parametrize("grid", GRIDS)
@@ -259,7 +259,7 @@ def test_one_graph() -> None:
     got = call(pages, x)
     quantize_pack(expected, spec, x * 2, page, first)
     assert torch.equal(got, expected.words + 1)
-    for a, b in zip(expected, pages, strict=True):
+    for a, b in zip(expected[:3], pages[:3], strict=True):
         assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 

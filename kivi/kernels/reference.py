@@ -64,10 +64,13 @@ def gather_pages(
     spec: Spec | None,
     table: Tensor,
     dtype: torch.dtype,
-    head_dim: int,
+    head_dim: int | None = None,
     smooth: Tensor | None = None,
 ) -> Tensor:
-    """Dense tokens `[B, Hkv, n * 512, D]` of the pages in `table [B, n]`; `smooth [B, Hkv, D]`."""
+    """Dense tokens `[B, Hkv, n * 512, D]` of the pages in `table [B, n]`.
+
+    `head_dim`: see `dequantize_pages`. `smooth [B, Hkv, D]`: what the channels were divided by.
+    """
     b, n = table.shape
     index = table.reshape(-1)
     words, *others = pages

@@ -18,30 +18,31 @@ from kivi.transforms import random_matrix
 class Sketch(OpaqueSpec):
     """`sign(S k)` and `|k|`; the score is `sqrt(pi/2) / m |k| <S q, sign(S k)>` (definition 3.1).
 
-    S is Gaussian with orthogonal blocks of D rows (section 3.3), of norm sqrt(D); `bits` is m / D.
+    S is Gaussian with orthogonal blocks of D rows (section 3.3), of norm sqrt(D); `size` is m / D.
     The score is linear in q, so a key decodes to `sqrt(pi/2) / m |k| S^T sign(S k)`.
     """
 
-    bits: int
+    size: int
+    bits = 1
     stable = False
 
     def nbytes(self, head_dim: int) -> int:
         """See OpaqueSpec."""
         if head_dim % 8:
             raise ValueError(f"head_dim={head_dim} is not allowed; it must be a multiple of 8")
-        return self.bits * head_dim // 8 + 2
+        return self.size * head_dim // 8 + 2
 
     def encode(self, x: Tensor, valid: Tensor) -> tuple[Tensor, ...]:
         """See OpaqueSpec."""
         x = x.squeeze(-2).nan_to_num(0.0, 0.0, 0.0)
         d, norm = x.shape[-1], x.norm(dim=-1, keepdim=True)
-        sign = x @ random_matrix(self.bits * d, d, True, x.device).T >= 0
+        sign = x @ random_matrix(self.size * d, d, True, x.device).T >= 0
         return join_bits(sign, 1), norm.clamp_max(65504).half()
 
     def decode(self, data: Tensor, head_dim: int) -> Tensor:
         """See OpaqueSpec."""
         sketch, norm = data[..., :-2], of_bytes(data[..., -2:], torch.float16)
-        rows = self.bits * head_dim
+        rows = self.size * head_dim
         projection = random_matrix(rows, head_dim, True, data.device)
         back: Tensor = (2.0 * split_bits(sketch, 1) - 1) @ projection
         return (math.sqrt(math.pi / 2 * head_dim) / rows * norm.float() * back).unsqueeze(-2)
