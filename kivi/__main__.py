@@ -133,6 +133,38 @@ def schemes(
 
 
 @app.command()
+def tune(
+    out: Annotated[Path, typer.Option(help="File for the bits of each layer.")],
+    bits: Annotated[
+        float, typer.Option(help="Mean bits of a code, scales and zeros not counted.")
+    ] = 3.0,
+    model: Model = "embedded",
+    text: Annotated[
+        Path | None, typer.Option(help="Text to measure on; else the embedded held-out text.")
+    ] = None,
+    context: Annotated[int, typer.Option(help="Tokens, half of them prefill.")] = 1024,
+    seed: Annotated[int, typer.Option(help="Where in the text.")] = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Find bits of keys and values for each layer, for the scheme 'kvtuner'."""
+    with _user_errors():
+        from kivi.cli_tune import run_tune
+
+        run_tune(
+            model,
+            text,
+            out,
+            bits=bits,
+            context=context,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+            console=Console(),
+        )
+
+
+@app.command()
 def generate(
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
     model: Model = "embedded",

@@ -40,6 +40,8 @@ PRESETS: dict[str, tuple[str, ...]] = {
         "kivi",
         "kivi:group_size=128",
         "kvtuner",
+        "kvarn",
+        "polarquant",
         "oscar",
         "qjl",
         "turboquant",
@@ -54,6 +56,7 @@ PRESETS: dict[str, tuple[str, ...]] = {
     ),
     "flagship": (
         "kivi",
+        "kivi:sink_length=4",
         "kivi:group_size=128",
         "plumb:smooth=none,sink_length=0,grid=asymmetric,center=none,transform=none",
         "plumb:smooth=none,sink_length=0,grid=asymmetric,center=none",

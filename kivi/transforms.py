@@ -83,7 +83,6 @@ def _random_matrix(rows: int, columns: int, orthogonal: bool) -> Tensor:
     return x.float()
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def random_matrix(rows: int, columns: int, orthogonal: bool, device: torch.device) -> Tensor:
     """A fixed random matrix `[rows, columns]`, the same wherever it is asked for.
 
@@ -94,3 +93,7 @@ def random_matrix(rows: int, columns: int, orthogonal: bool, device: torch.devic
         device: where it is wanted.
     """
     return _random_matrix(rows, columns, orthogonal).to(device)
+
+
+# What torch.compiler.assume_constant_result does, which would load the whole of torch._dynamo.
+random_matrix._dynamo_marked_constant = True  # type: ignore[attr-defined]

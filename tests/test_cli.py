@@ -84,7 +84,7 @@ def test_scheme_strings_that_are_refused(text: str, message: str) -> None:
 def test_presets_are_those_of_the_command_and_all_parse() -> None:
     assert [p.value for p in Preset] == list(PRESETS)
     for labels in PRESETS.values():
-        assert 4 <= len({parse_scheme(label) for label in labels}) == len(labels) <= 24
+        assert 4 <= len({parse_scheme(label) for label in labels}) == len(labels) <= 25
 
 
 def test_choice_of_schemes() -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from kivi import KVSpec, LayerCache, QuantSpec
+from kivi import KVQuantizer, KVSpec, LayerCache, QuantSpec
 from kivi.grids import FIXED, fixed_point, mean, norm
 from kivi.kernels import reference
 from kivi.quantize import dequantize, quantize
@@ -256,3 +256,28 @@ def test_the_kernels_say_what_they_do_not_take():
         assert f"value: the kernels do not take {name}={value!r}" in reason
     plain = KVSpec(QuantSpec(2, "channel"), QuantSpec(2, "token"))
     assert ops.supports(plain, (64, 64), torch.float16, torch.device("cuda")) is None
+
+
+@pytest.mark.compile
+def test_a_compiled_step_finds_factors_and_means_on_the_device():
+    """One graph from the first token on: factors of the first unit, means of each one."""
+    torch._dynamo.reset()
+    scheme = KVQuantizer.get("plumb", center=32, residual_length=16, sink_length=2)
+    options = dict(batch_size=1, num_kv_heads=1, head_dim=32, dtype=torch.float32)
+    layers = [scheme.new_layer(**options, max_length=160) for _ in range(2)]
+
+    @torch.compile(fullgraph=True)
+    def step(layer, q, k, v):
+        return layer.decode(q, k, v)
+
+    k = randn(100, 1, 1, 1, 32)
+    k[..., 5] *= 100
+    for i in range(100):
+        q = randn(1, 2, 1, 32, seed=i)
+        expected = layers[0].decode(q, k[i], k[99 - i])
+        assert torch.allclose(step(layers[1], q, k[i], k[99 - i]), expected, atol=1e-4)
+    assert layers[0].packed_lengths() == layers[1].packed_lengths() == [64]
+    factors = [reference.smooth_factors(layer._view(), layer.spec)[0] for layer in layers]
+    assert torch.equal(*factors) and factors[0][0, 0, 5] > 4
+    for a, b in zip(layers[0].dequantize(), layers[1].dequantize(), strict=True):
+        assert torch.allclose(a, b, atol=1e-4)

@@ -6,10 +6,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from kivi import KVQuantizer
+from kivi.__main__ import app
 from kivi.evals.attention_error import attention_errors
 from kivi.evals.pathologies import PATHOLOGIES, pathology
+from kivi.evals.tuning import choose_pairs
 from kivi.kernels.reference import partial_attention
 from kivi.transforms import random_matrix
 
@@ -295,3 +298,29 @@ def test_a_pathology_is_exact_attention():
     assert torch.allclose(out, x.out, atol=1e-4)
     with pytest.raises(ValueError, match="name='none'"):
         pathology("none")
+
+
+# ---------------------------------------------------------------- tuning
+
+
+def test_pairs_go_where_they_help_most():
+    easy = {(2, 2): 0.10, (4, 2): 0.09, (2, 4): 0.09, (4, 4): 0.08}
+    hard = {(2, 2): 0.90, (4, 2): 0.10, (2, 4): 0.80, (4, 4): 0.05}
+    assert choose_pairs([easy, hard], 2) == [(2, 2), (2, 2)]
+    assert choose_pairs([easy, hard], 2.5) == [(2, 2), (4, 2)]
+    assert choose_pairs([easy, hard], 3) == [(2, 2), (4, 4)]
+    assert choose_pairs([easy, hard], 8) == [(4, 4), (4, 4)]
+    with pytest.raises(ValueError, match=r"bits=1.5 is not allowed; the cheapest pairs have 2"):
+        choose_pairs([easy, hard], 1.5)
+
+
+def test_tune_writes_a_file_that_the_scheme_reads(tmp_path):
+    out = tmp_path / "bits.json"
+    result = CliRunner().invoke(app, ["tune", "--out", str(out), "--context", "512"])
+    assert result.exit_code == 0, result.output
+    scheme = KVQuantizer.get("kvtuner", file=str(out))
+    pairs = [(s.key.bits, s.value.bits) for s in map(scheme.spec, range(6))]
+    assert len(set(pairs)) > 1 and sum(map(sum, pairs)) / 12 <= 3
+    assert scheme.bits_per_element(64) == pytest.approx(sum(map(sum, pairs)) / 12 + 1)
+    errors = json.loads(out.read_text())["attention_error"]
+    assert len(errors) == 6 and all(0 < e < 0.5 for e in errors)

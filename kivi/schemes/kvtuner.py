@@ -36,6 +36,8 @@ def read_pairs(file: str) -> tuple[tuple[int, int], ...]:
 class KVTuner(KVQuantizer, name="kvtuner", paper="2502.04420"):
     """Pairs of key and value bits searched offline, layer by layer, over KIVI or per-token keys.
 
+    `kivi tune --out bits.json` finds them for a model and a text.
+
     Without a file every layer has `key_bits` and `value_bits`. More than the file's layers get its
     last pair.
     """

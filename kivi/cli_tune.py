@@ -1,0 +1,67 @@
+"""`kivi tune`: bits for each layer of a model, saved as a small file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from rich.console import Console
+
+from kivi import KVQuantizer, LayerCache
+from kivi.cli_model import open_model
+from kivi.evals.attention_error import AttentionInputs, MakeLayer, record_attention
+from kivi.evals.feeding import check_context, text_windows
+from kivi.evals.tuning import Pair, choose_pairs, sensitivities
+
+
+def run_tune(
+    model: str,
+    text: Path | None,
+    out: Path,
+    *,
+    bits: float,
+    context: int,
+    seed: int,
+    device: str,
+    dtype: str,
+    console: Console,
+) -> None:
+    """Measure every layer, choose pairs and write the file that the tuned scheme reads.
+
+    Raises:
+        ValueError: for a model whose attention cannot be recorded, too short a text, or too few
+            bits.
+    """
+    loaded = open_model(model, device, dtype)
+    check_context(loaded.model, context)
+    tokens, _ = loaded.text_tokens(text)
+    bos: int | None = loaded.tokenizer.bos_token_id
+    texts = text_windows(tokens, count=1, length=context, seed=seed, bos=bos)
+
+    def make_layer(pair: Pair) -> MakeLayer:
+        scheme = KVQuantizer.get("kvtuner", key_bits=pair[0], value_bits=pair[1])
+
+        def make(layer_idx: int, x: AttentionInputs) -> LayerCache:
+            return scheme.new_layer(
+                batch_size=1,
+                num_kv_heads=x.k.shape[1],
+                head_dim=x.k.shape[3],
+                value_head_dim=x.v.shape[3],
+                dtype=x.k.dtype,
+                device=x.k.device,
+            )
+
+        return make
+
+    inputs = record_attention(loaded.model, texts)
+    errors = sensitivities(inputs, make_layer, prefill=context // 2)
+    chosen = choose_pairs(errors, bits)
+    document = {
+        "layers": chosen,
+        "model": loaded.name,
+        "attention_error": [own[pair] for own, pair in zip(errors, chosen, strict=True)],
+    }
+    out.write_text(json.dumps(document) + "\n", encoding="utf-8")
+    for i, (own, pair) in enumerate(zip(errors, chosen, strict=True)):
+        console.print(f"layer {i}: keys {pair[0]} bit, values {pair[1]} bit, error {own[pair]:.2%}")
+    console.print(f'Written to {out}: use it as --scheme "kvtuner:file={out}"', soft_wrap=True)
