@@ -46,7 +46,7 @@ def _triton_ops(
     dtype: torch.dtype | None,
     device: torch.device | None,
 ) -> Ops | str:
-    """The Triton operators, or what keeps them from serving."""
+    """The Triton operators, plain torch for those that do not take the format, or what is wrong."""
     triton = _triton()
     if isinstance(triton, str):
         return triton
@@ -54,7 +54,11 @@ def _triton_ops(
         reason = triton.supports(spec, head_dims, dtype, device)
         if reason is not None:
             return str(reason)
-    return Ops(triton.quantize_pack, triton.decode_attention, triton.extend_attention)
+        if device.type != "cuda" or torch.cuda.is_available():
+            triton.prepare(spec, head_dims, device)
+    if triton.supports_all(spec):
+        return Ops(triton.quantize_pack, triton.decode_attention, triton.extend_attention)
+    return _EAGER._replace(decode_attention=triton.decode_attention)
 
 
 def why_not_fused(spec: KVSpec, head_dim: int, dtype: torch.dtype) -> str | None:
@@ -88,6 +92,8 @@ def get_ops(
         return _compiled()
     if impl == "triton" or (impl == "auto" and device is not None and device.type == "cuda"):
         ops = _triton_ops(spec, head_dims, dtype, device)
+        if impl == "triton" and isinstance(ops, Ops) and ops.quantize_pack in _EAGER:
+            ops = "only decode attention has a kernel for such a format, which 'auto' takes"
         if isinstance(ops, Ops):
             return ops
         if impl == "triton":

@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from kivi import KVSpec, LayerCache, QuantSpec
-from kivi.kernels import triton_decode, triton_fast, triton_quantize
+from kivi.kernels import triton_decode, triton_fast, triton_portable, triton_quantize
 from kivi.quantize import empty_pages
 
 TARGETS = {
@@ -49,8 +49,8 @@ def become(target: GPUTarget) -> None:
     """Let the host code take this machine for one with such a GPU of 132 multiprocessors."""
     driver.set_active(Driver(target))
     nvidia = target.backend == "cuda"
-    triton_decode.DENORMAL = triton_decode.FAST = nvidia
-    triton_decode._multiprocessors = lambda device: 132
+    triton_portable.DENORMAL = triton_portable.FAST = nvidia
+    triton_portable._multiprocessors = lambda device: 132
     generation = target.arch // 10 if nvidia else 0
     triton_fast._gpu = lambda device: (132 * nvidia, 163 * 1024, generation)
     triton_quantize._has_pairs = lambda device: nvidia

@@ -23,9 +23,10 @@ if not GPU and isinstance(triton.language.max, triton.JITFunction):
 
 from kivi import KVSpec, LayerCache, QuantSpec, store  # noqa: E402
 from kivi.grids import symmetric_offset  # noqa: E402
-from kivi.kernels import reference, triton_decode  # noqa: E402
+from kivi.kernels import reference, triton_formats, triton_portable  # noqa: E402
 from kivi.kernels.reference import CacheView, exact_positions  # noqa: E402
-from kivi.kernels.triton_decode import decode_attention, supports  # noqa: E402
+from kivi.kernels.triton_decode import decode_attention  # noqa: E402
+from kivi.kernels.triton_formats import supports  # noqa: E402
 from kivi.packing import unpack  # noqa: E402
 from kivi.quantize import Pages  # noqa: E402
 
@@ -260,8 +261,8 @@ def test_codes_can_be_converted_instead(
     at = state(KVSpec(Q(2, "channel", 64), Q(3, "token", 16), 8, 0), [150, 90], dtype=dtype)
     q = randn(2, 2, 1, 32, dtype=dtype, seed=9)
     denormal, _ = check(at, q)
-    monkeypatch.setattr(triton_decode, "DENORMAL", False)
-    monkeypatch.setattr(triton_decode, "FAST", False)
+    monkeypatch.setattr(triton_portable, "DENORMAL", False)
+    monkeypatch.setattr(triton_portable, "FAST", False)
     converted, _ = check(at, q)
     assert torch.allclose(converted, denormal, atol=0.05)
 
@@ -320,7 +321,7 @@ OPTIONS = [
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "+".join(o))
 def test_options(options: dict, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_decode, "_division", lambda *_: splits)
+    monkeypatch.setattr(triton_portable, "_division", lambda *_: splits)
     at = state(KIVI, [700, 40], 3, hkv=2)
     check(at, randn(2, 4, 3, 32, dtype=HALF, seed=9) * 2, **options)
 
@@ -329,7 +330,7 @@ def test_any_division_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     at = state(KIVI, [600, 3])
     q, results = randn(2, 3, 1, 32, dtype=HALF, seed=9), []
     for splits in (1, 2, 9):
-        monkeypatch.setattr(triton_decode, "_division", lambda *_, splits=splits: splits)
+        monkeypatch.setattr(triton_portable, "_division", lambda *_, splits=splits: splits)
         results.append(check(at, q))
         again = decode_attention(q, at.view, at.spec, at.position, 0.2)
         assert all(torch.equal(a, b) for a, b in zip(results[-1], again, strict=True))
@@ -341,7 +342,7 @@ def test_any_division_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("splits", [1, 2])
 @pytest.mark.parametrize("aux", [False, True])
 def test_a_row_that_holds_nothing(aux: bool, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_decode, "_division", lambda *_: splits)
+    monkeypatch.setattr(triton_portable, "_division", lambda *_: splits)
     at = state(KIVI, [0, 60])
     length = at.view.length * torch.tensor([0, 1], device=DEVICE)
     at = at._replace(view=at.view._replace(length=length))
@@ -387,7 +388,7 @@ def test_queries_with_any_strides() -> None:
 
 
 def flat(at: State, q: torch.Tensor) -> tuple:
-    key, value = (triton_decode._flat(s, 32) for s in (at.spec.key, at.spec.value))
+    key, value = (triton_formats.flat(s, 32) for s in (at.spec.key, at.spec.value))
     view = at.view
     tensors = (q, *view.key[:3], *view.value[:3], *view[2:7], at.position, None)
     return (*tensors, *key, *value, at.spec.sink_length, 0.2, None, None)

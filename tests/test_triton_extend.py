@@ -33,11 +33,11 @@ from test_triton_decode import (
 
 from kivi import KVSpec, LayerCache
 from kivi.attention import get_ops
-from kivi.kernels import reference, triton_extend, triton_extend_portable
+from kivi.kernels import reference, triton_extend, triton_extend_portable, triton_formats
 from kivi.kernels import triton_extend_hopper as hopper
 from kivi.kernels.reference import exact_positions
-from kivi.kernels.triton_decode import supports
 from kivi.kernels.triton_extend import extend_attention
+from kivi.kernels.triton_formats import supports
 from kivi.quantize import Pages
 from kivi.view import CacheView
 
@@ -336,7 +336,7 @@ def test_a_plain_prompt_is_left_to_pytorch() -> None:
 
 
 def flat(at: State) -> tuple:
-    key, value = (triton_extend._flat(s, 32) for s in (at.spec.key, at.spec.value))
+    key, value = (triton_formats.flat(s, 32) for s in (at.spec.key, at.spec.value))
     past = (
         (None,) * 11 if at.view is None else (*at.view.key[:3], *at.view.value[:3], *at.view[2:7])
     )

@@ -21,7 +21,7 @@ from test_triton_decode import (  # noqa: F401
 )
 
 from kivi import KVSpec, LayerCache, QuantSpec
-from kivi.kernels.triton_decode import supports
+from kivi.kernels.triton_formats import supports
 
 pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning"), *[pytest.mark.gpu] * GPU]
 HEAD_DIMS = (64, 80, 96, 128, 256)

@@ -122,11 +122,11 @@ def test_captured_steps(d: int, options: dict) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("d", [128, 96])
 def test_operators_on_a_gpu_are_registered_soundly(d: int) -> None:
-    from kivi.kernels import triton_decode
+    from kivi.kernels import triton_formats
 
     layer, q = filled("cuda", KIVI, d, torch.float16), tokens(2, 8, 1, d, "cuda", torch.float16)
     view = layer._view()
-    formats = [x for s in (KIVI.key, KIVI.value) for x in triton_decode._flat(s, d)]
+    formats = [x for s in (KIVI.key, KIVI.value) for x in triton_formats.flat(s, d)]
     position = (view.length - 1)[:, None].contiguous()
     tensors = (
         q,

@@ -16,6 +16,7 @@ import triton.language as tl
 
 from kivi.kernels import triton_tile_rows as ops
 from kivi.kernels import triton_tiles as tiles
+from kivi.kernels.triton_attend_exact import over_exact
 from kivi.kernels.triton_tile_rows import LN2, LOG2E, NOTHING
 from kivi.spec import PAGE_TOKENS
 
@@ -32,12 +33,15 @@ UNSPECIALIZED = (
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def attend(
     q,  # [B, Hq, T, D]
+    mapped_q,  # likewise, what goes with packed keys that were mapped; else q
     key_words,  # [pages, Hkv, K_BITS, 32, D], or [pages, Hkv, 512, D] where K_BITS is 0
     key_scale,  # channel: [pages, Hkv, 512 / G, D]; token: [pages, Hkv, 512, D / G]
     key_zero,
     value_words,
     value_scale,
     value_zero,
+    key_center,  # [pages, Hkv, 512 / K_C, D], what was taken off the mapped keys; or None
+    value_center,
     table,  # [B, columns]
     packed,  # [B]
     length,  # [B]
@@ -62,26 +66,17 @@ def attend(
     sinks,
     ring,
     own_cost,  # of the exact slots, in chunks
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    K_BITS: tl.constexpr,
-    K_CHANNEL: tl.constexpr,
-    K_G: tl.constexpr,
-    K_OFFSET: tl.constexpr,
-    V_BITS: tl.constexpr,
-    V_CHANNEL: tl.constexpr,
-    V_G: tl.constexpr,
-    V_OFFSET: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr,
+    K_BITS: tl.constexpr, K_CHANNEL: tl.constexpr, K_G: tl.constexpr, K_OFFSET: tl.constexpr,
+    V_BITS: tl.constexpr, V_CHANNEL: tl.constexpr, V_G: tl.constexpr, V_OFFSET: tl.constexpr,
+    K_C: tl.constexpr, V_C: tl.constexpr,  # tokens that share a center
     PLANES: tl.constexpr,  # of a chunk
     ROWS: tl.constexpr,  # of a block
     STEP: tl.constexpr,  # tokens of a plane at a time
-    WINDOW: tl.constexpr,
-    CAP: tl.constexpr,
-    FINAL: tl.constexpr,
-    DENORMAL: tl.constexpr,
-    FAST: tl.constexpr,
-    WIDE: tl.constexpr,
-):
+    ALONE: tl.constexpr,  # the exact slots are the last share's alone: only the others are mapped
+    WINDOW: tl.constexpr, CAP: tl.constexpr, FINAL: tl.constexpr,
+    DENORMAL: tl.constexpr, FAST: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
     """Attention of a block of query rows over a share of their tokens."""
     DTYPE: tl.constexpr = q.dtype.element_ty
     LINEAR: tl.constexpr = tiles.linear_bits(DTYPE, DENORMAL)
@@ -100,6 +95,7 @@ def attend(
     # Planes that share a scale, and scales of a chunk, where scales are per channel.
     K_SHARE: tl.constexpr = max(1, min(PLANES, K_G // 32))
     V_SHARE: tl.constexpr = max(1, min(PLANES, V_G // 32))
+    K_CENTERS: tl.constexpr = max(1, min(PLANES, K_C // 32))
     # Rounding a scaled query costs less where codes count from their middle.
     MIDDLE: tl.constexpr = 0.0 if DTYPE.is_fp32() else (2**K_BITS - 1) / 2
     CENTRE: tl.constexpr = K_OFFSET if key_zero is None else MIDDLE
@@ -125,6 +121,8 @@ def attend(
     r = block * ROWS + tl.arange(0, max(16, ROWS))
     at = (h * (rows // tokens) + r // tokens).to(tl.int64) * q_head + r % tokens * q_token
     at += b.to(tl.int64) * q_row
+    if ALONE:
+        q = tl.where(split < splits - 1, mapped_q, q)
     query = ops.load_queries(q + at, (r < rows) & (tl.arange(0, max(16, ROWS)) < ROWS), KN, KG)
     # Only loads and constants go into what is scaled: else it takes a detour through memory.
     folded = ops.times_power_all(query, KN, K_FOLD, WIDE)
@@ -145,8 +143,12 @@ def attend(
     if WINDOW:
         begin = tl.maximum(tl.min(position, 0) - window + 1 - sinks, 0) // CHUNK
         begin = tl.minimum(begin, chunks)
-    share = tl.cdiv(chunks - begin + own_cost, splits)
-    begin += split * share
+    if ALONE:
+        share = tl.where(split < splits - 1, tl.cdiv(chunks - begin, splits - 1), 0)
+        begin += split * tl.cdiv(chunks - begin, splits - 1)
+    else:
+        share = tl.cdiv(chunks - begin + own_cost, splits)
+        begin += split * share
     end = tl.minimum(begin + share, chunks)
 
     m = tl.full((ROWS,), NOTHING, tl.float32)
@@ -188,6 +190,11 @@ def attend(
             if key_zero is not None:
                 zeros = key_zero + base * (PAGE * KN)
                 k_zeros = tiles.token_rows(zeros, plane, last, row, KN, PLANES)
+            if key_center is not None:
+                centers = key_center + base * (PAGE // K_C * D)
+                i = tl.minimum(tl.arange(0, 8) * K_CENTERS, last) + plane
+                k_centers = tiles.load_tile(centers, i * 32 // K_C, D, D).to(DTYPE)
+                center_scores = ops.rows_dot(query[0], k_centers, ROWS, WIDE)
         v_words = tiles.load_words(values, plane, row, VN, VG, V_BITS, PLANES, LINEAR, FAST)
         if V_CHANNEL:
             scales = value_scale + base * (PAGE // V_G * DV)
@@ -237,6 +244,9 @@ def attend(
                     else:
                         zero = k_zeros[i][g].to(tl.float32)[None, :]
                         x += y * up * scale + zero * total[g][:, None]
+                if key_center is not None:
+                    column = tl.arange(0, 8)[None, :] == i // K_CENTERS
+                    x += tl.sum(tl.where(column, center_scores, 0.0), 1)[:, None]
                 x = x * factor
             else:
                 token = (plane + tl.minimum(i, last)) * 32 + row
@@ -265,6 +275,12 @@ def attend(
                 token = (plane + tl.minimum(i, last)) * 32 + row
                 x = tl.trans(tiles.load_tile(values, token, DV, DV))
                 acc = (ops.dot(x, ops.cast(p_t, DTYPE, WIDE), acc[0], WIDE),)
+            if value_center is not None:
+                group = (plane + tl.minimum(i, last)) * 32 // V_C
+                center = tiles.load_row(value_center + (base * (PAGE // V_C) + group) * DV, DV)
+                center = center.to(tl.float32) * tiles.power(-V_FOLD)
+                mass = tl.sum(p, 1) * tiles.power(V_FOLD - V_UNIT)
+                acc = (acc[0] + center[:, None] * mass[None, :],)
             if V_TOKEN and value_zero is not None:
                 zero_acc = ops.dot(v_zeros[i].to(DTYPE), ops.cast(p_t, DTYPE, WIDE), zero_acc, WIDE)
             if V_CHANNEL and i % V_SHARE == 0:
@@ -308,29 +324,11 @@ def attend(
     # The exact slots: sinks, then the ring.
     newest = tl.load(length + b).to(tl.int32) - 1 - sinks
     own = pair.to(tl.int64) * (sinks + ring + 1)
-    for e in range(0, tl.where(split == splits - 1, sinks + ring, 0), STEP):
-        token, seen = ops.exact_token(e + t, newest, n, sinks, ring)
-        near = seen[None, :] & (token[None, :] <= position[:, None])
-        if WINDOW:
-            near &= token[None, :] > position[:, None] - window
-        x = tl.zeros((ROWS, STEP), tl.float32)
-        for g in tl.static_range(KN):
-            y = tiles.load_seen(exact_key + own * D + g * KG, e + t, seen, D, KG)
-            x += ops.rows_dot(query[g], y, ROWS, WIDE)
-        x = x * factor
-        if CAP:
-            x = ops.capped(x, cap)
-        x = tl.where(near, x, float("-inf"))
-        m, alpha = ops.raised(m, tl.max(x, 1) + (bound - BIAS))
-        p = tl.exp2(x - m[:, None])
-        weight = weight * alpha + tl.sum(p, 1)
-        p_t = ops.cast(tl.trans(p), DTYPE, WIDE)
-        acc = ops.rescaled(acc, alpha, VN)
-        new_acc = ()
-        for g in tl.static_range(VN):
-            x = tiles.load_seen(exact_value + own * DV + g * VG, e + t, seen, DV, VG)
-            new_acc += (ops.dot(tl.trans(x), p_t, acc[g], WIDE),)
-        acc = new_acc
+    m, weight, acc = over_exact(
+        m, weight, acc, query, exact_key + own * D, exact_value + own * DV,
+        tl.where(split == splits - 1, sinks + ring, 0), position, newest, n, sinks, ring,
+        factor, cap, window, bound - BIAS, D, KG, DV, VG, ROWS, STEP, WINDOW, CAP, WIDE,
+    )  # fmt: skip
 
     total_lse, share_of = ops.normalised(m, weight)
     index = pair.to(tl.int64) * rows + r

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from kivi.kernels import triton_extend_hopper as hopper
 from kivi.kernels import triton_extend_portable as portable
-from kivi.kernels.triton_decode import INTERPRETED, _flat, _multiprocessors
+from kivi.kernels.triton_formats import flat
+from kivi.kernels.triton_portable import INTERPRETED, _multiprocessors
 from kivi.kernels.triton_tile_rows import combine
 from kivi.spec import PAGE_TOKENS, TILE_ROWS, KVSpec
 
@@ -228,8 +229,8 @@ def extend_attention(
         valid,
         mask,
         s_aux,
-        *_flat(spec.key, q.shape[3]),
-        *_flat(spec.value, v.shape[3]),
+        *flat(spec.key, q.shape[3]),
+        *flat(spec.value, v.shape[3]),
         spec.sink_length,
         scale,
         sliding_window,

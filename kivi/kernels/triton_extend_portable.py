@@ -10,8 +10,8 @@ import triton
 from torch import Tensor
 
 from kivi.grids import symmetric_offset
-from kivi.kernels.triton_decode import FAST, INTERPRETED
 from kivi.kernels.triton_flash import extend
+from kivi.kernels.triton_portable import FAST, INTERPRETED
 from kivi.kernels.triton_tile_rows import LOG2E
 from kivi.kernels.triton_tiles import padded
 

@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import torch
 
-from kivi.kernels import triton_decode
-from kivi.kernels.triton_decode import INTERPRETED, decode_attention
+from kivi.kernels import triton_formats, triton_mapped
+from kivi.kernels.triton_decode import decode_attention
 from kivi.kernels.triton_extend import extend_attention
+from kivi.kernels.triton_portable import INTERPRETED
 from kivi.kernels.triton_quantize import quantize_pack
 from kivi.spec import KVSpec
 
-__all__ = ["decode_attention", "extend_attention", "quantize_pack", "supports"]
+__all__ = [
+    "decode_attention",
+    "extend_attention",
+    "prepare",
+    "quantize_pack",
+    "supports",
+    "supports_all",
+]
+
+prepare = triton_mapped.prepare
 
 
 def supports(
     spec: KVSpec, head_dims: tuple[int, int], dtype: torch.dtype, device: torch.device
 ) -> str | None:
-    """What keeps the kernels from serving a cache, or None.
+    """What keeps decode attention from serving a cache, or None.
 
     Args:
         spec: how it is packed.
@@ -26,4 +36,9 @@ def supports(
     """
     if device.type != "cuda" and not INTERPRETED:
         return f"device={str(device)!r} is not a GPU"
-    return triton_decode.supports(spec.key, spec.value, *head_dims, dtype)
+    return triton_formats.supports(spec.key, spec.value, *head_dims, dtype)
+
+
+def supports_all(spec: KVSpec) -> bool:
+    """Whether quantization and prompts over a packed past have kernels too."""
+    return triton_formats.is_plain(spec.key) and triton_formats.is_plain(spec.value)

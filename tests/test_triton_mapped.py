@@ -1,0 +1,174 @@
+"""Decode attention over mapped and centered tokens against float64, on the portable kernel."""
+
+import math
+
+import pytest
+import torch
+from one_thread import one_thread  # noqa: F401
+from test_triton_decode import (  # noqa: F401
+    BRAIN,
+    DEVICE,
+    FLOOR,
+    FULL,
+    GPU,
+    HALF,
+    _outputs_begin_as_nan,
+    randn,
+)
+
+from kivi import KVQuantizer, KVSpec, LayerCache, QuantSpec, store
+from kivi.attention import get_ops
+from kivi.kernels import reference
+from kivi.kernels.reference import exact_positions
+from kivi.kernels.triton_decode import decode_attention
+from kivi.kernels.triton_formats import is_plain, supports
+from kivi.packing import unpack
+from kivi.transforms import inverse_hadamard
+
+pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning"), *[pytest.mark.gpu] * GPU]
+PLUMB = QuantSpec(2, "token", None, "unbiased", transform="hadamard", center=128, smooth="outliers")
+ROTATED = QuantSpec(2, "channel", 32, transform="hadamard")
+SPECS = {
+    "plumb": KVSpec(PLUMB, PLUMB, 32, 4),
+    "keys rotated": KVSpec(ROTATED, QuantSpec(4, "token", 16), 32, 0),
+    "values rotated": KVSpec(
+        QuantSpec(2, "channel", 64), QuantSpec(3, "token", 32, transform="hadamard_32"), 32, 0
+    ),
+    "centers": KVSpec(
+        QuantSpec(4, "token", None, center=32),
+        QuantSpec(1, "token", None, "midpoint", center=64),
+        32,
+        0,
+    ),
+    "smoothed": KVSpec(
+        QuantSpec(8, "token", 16, "midpoint", smooth="max"),
+        QuantSpec(2, "channel", 32, "symmetric", clip=0.9, smooth="outliers"),
+        32,
+        0,
+    ),
+    "keys exact": KVSpec(None, PLUMB, 32, 0),
+}
+
+
+def dense(pages, spec, table, smooth, d):
+    """Packed tokens `[B, Hkv, n * 512, D]` in float64."""
+    index = table.flatten()
+    if spec is None:
+        x = pages.words[index].double()
+    else:
+        codes = unpack(pages.words[index], spec.bits).double()
+        scale, group = pages.scale[index].double(), spec.group(d)
+        zero = (2**spec.bits - 1) / 2 if spec.grid in ("midpoint", "unbiased") else None
+        if spec.grid == "symmetric":
+            zero = 2.0 ** (spec.bits - 1)
+        zero = pages.zero[index].double() if zero is None else -zero * scale
+        dim = -2 if spec.axis == "channel" else -1
+        x = codes * scale.repeat_interleave(group, dim) + zero.repeat_interleave(group, dim)
+        if spec.center:
+            x = x + pages.center[index].double().repeat_interleave(spec.center, 2)
+        if spec.transform:
+            eye = torch.eye(d, dtype=torch.float64, device=x.device)
+            x = x @ inverse_hadamard(eye, spec.block(d))
+    x = x.view(*table.shape, *x.shape[1:]).transpose(1, 2).flatten(2, 3)
+    return x if smooth is None else x * smooth.double().unsqueeze(2)
+
+
+def check(spec, lengths, t=1, ratio=2, d=32, dv=32, dtype=HALF, softcap=None, window=None):
+    b, longest = len(lengths), max(lengths)
+    layer = LayerCache(spec, b, 2, d, dv, dtype=dtype, device=DEVICE, impl="eager")
+    k, v = (randn(b, 2, longest + t, n, seed=n + salt) for n, salt in ((d, 1), (dv, 2)))
+    k = k + 3 * randn(d, seed=5)  # what a key bias adds
+    k[..., 3] *= 20  # a channel that varies much
+    k, v = k.to(dtype), v.to(dtype)
+    valid = torch.arange(longest, device=DEVICE) < torch.tensor(lengths, device=DEVICE)[:, None]
+    layer.append(k[:, :, :longest], v[:, :, :longest], valid)
+    step, _ = layer._step(t, None)
+    store.write_exact(layer._view(), spec, k[:, :, longest:], v[:, :, longest:], step.position)
+    view = layer._view()._replace(length=step.length)
+    position, visible = exact_positions(view, spec.sink_length)
+    hidden = torch.cat([~visible, torch.ones_like(visible[:, :1])], 1)
+    for x in (view.exact_key, view.exact_value):
+        x.masked_fill_(hidden[:, None, :, None], math.nan)
+    for pages in view[:2]:
+        for meta in pages[1:]:
+            if meta is not None:
+                meta[0] = math.nan
+    q = randn(b, 2 * ratio, t, d, seed=9).to(dtype)
+    options = (d**-0.5, window, softcap)
+    out, lse = decode_attention(q, view, spec, step.position, *options)
+    other, _ = reference.decode_attention(q, view, spec, step.position, *options)
+    smooth = reference.smooth_factors(view, spec)
+    index = torch.arange(view.table.shape[1] * 512, device=DEVICE)
+    position = torch.cat([(spec.sink_length + index).expand(b, -1), position], 1)
+    visible = torch.cat([index < view.packed[:, None], visible], 1)
+    both = []
+    for pages, one, exact, factor, n in zip(
+        view[:2], (spec.key, spec.value), view[4:6], smooth, (d, dv), strict=True
+    ):
+        x = torch.cat([dense(pages, one, view.table, factor, n), exact[:, :, :-1].double()], 2)
+        x = torch.where(visible[:, None, :, None], x, 0.0)
+        both.append(x.repeat_interleave(ratio, 1))
+    scores = q.double() @ both[0].transpose(-1, -2) * options[0]
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    distance = step.position[:, :, None] - position[:, None]
+    near = (distance >= 0) & visible[:, None]
+    if window is not None:
+        near &= distance < window
+    scores = scores.masked_fill(~near[:, None], -math.inf)
+    want, want_lse = scores.softmax(-1) @ both[1], scores.logsumexp(-1)
+    error = [float((x.double() - want).norm() / want.norm()) for x in (out, other)]
+    # The mapped query is rounded to 16 bit once more: half an eps of a score's terms.
+    size = (q.double().abs() @ both[0].abs().transpose(-1, -2)).amax() * options[0]
+    eps = max(torch.finfo(dtype).eps, 2.0**-20)
+    assert out.isfinite().all() and out.dtype == dtype
+    assert error[0] <= 2 * error[1] + FLOOR[dtype]
+    assert (lse.double() - want_lse).abs().max() <= eps * max(1.0, float(size))
+    return out
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_formats(name: str) -> None:
+    assert not (is_plain(SPECS[name].key) and is_plain(SPECS[name].value))
+    check(SPECS[name], [700, 33], d=32, dv=64 if name != "keys exact" else 32)
+
+
+@pytest.mark.parametrize("dtype", [BRAIN, FULL])
+def test_dtypes(dtype: torch.dtype) -> None:
+    check(SPECS["plumb"], [300, 170], dtype=dtype)
+
+
+def test_options() -> None:
+    check(SPECS["plumb"], [700], t=3, softcap=20.0)
+    check(SPECS["plumb"], [700], window=300)
+
+
+def test_a_row_without_packed_tokens() -> None:
+    check(SPECS["plumb"], [1, 400])
+
+
+def test_operator_is_registered_soundly(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    op = torch.ops.kivi.mapped_attention
+    monkeypatch.setattr(torch.ops.kivi, "mapped_attention", lambda *a: calls.append(a) or op(*a))
+    check(SPECS["plumb"], [200])
+    torch.library.opcheck(
+        op.default,
+        calls[0],
+        test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
+    )
+
+
+def test_what_is_served_by_what() -> None:
+    plumb = KVQuantizer.get("plumb").spec()
+    assert supports(plumb.key, plumb.value, 128, 128, HALF) is None
+    assert "token_norm" in str(supports(KVQuantizer.get("oscar").spec().key, None, 64, 64, HALF))
+    small = QuantSpec(2, "token", 32, center=16)
+    assert "center=16" in str(supports(small, None, 64, 64, HALF))
+    device = torch.device(DEVICE)
+    with pytest.raises(ValueError, match="impl='triton' cannot serve"):
+        get_ops("triton", plumb, (64, 64), HALF, device)
+    if GPU:
+        ops = get_ops("auto", plumb, (64, 64), HALF, device)
+        assert ops.decode_attention is decode_attention
+        assert ops.quantize_pack is reference.quantize_pack
