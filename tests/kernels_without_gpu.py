@@ -17,7 +17,13 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from kivi import KVSpec, LayerCache, QuantSpec
-from kivi.kernels import triton_decode, triton_fast, triton_portable, triton_quantize
+from kivi.kernels import (
+    triton_decode,
+    triton_fast,
+    triton_mapped,
+    triton_portable,
+    triton_quantize,
+)
 from kivi.quantize import empty_pages
 
 TARGETS = {
@@ -56,6 +62,7 @@ def become(target: GPUTarget) -> None:
     triton_quantize._has_pairs = lambda device: nvidia
     torch.cuda.device = lambda device: nullcontext()  # type: ignore[misc, assignment]
     triton_decode._library.impl("decode_attention", triton_decode._decode_attention, "CPU")
+    triton_mapped._library.impl("mapped_attention", triton_mapped._attention, "CPU")
 
 
 def decode(
@@ -97,6 +104,8 @@ def few_calls() -> None:
     decode(KIVI, 1, 4, 2, 32, sliding_window=40, softcap=2.0)
     other = KVSpec(Q(8, "token", 16, "symmetric"), Q(4, "channel", 64), 0)
     decode(other, d=48, dtype=torch.bfloat16, s_aux=torch.zeros(8))
+    plumb = Q(2, "token", None, "unbiased", transform="hadamard", center=128, smooth="outliers")
+    decode(KVSpec(plumb, plumb), d=128)
     decode(KVSpec(None, Q(8, "token", None)), 1, 1, max_length=60, d=32, dtype=torch.float32)
     pack(Q(2, "channel", 32), 2, 2, 512)
     pack(Q(3, "token", 16, "least_squares"), 2, 1, 32, torch.float16, masked=True)
