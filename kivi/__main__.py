@@ -1,4 +1,4 @@
-"""The command line: `kivi ablate`, `kivi schemes`, `kivi generate`, or `python -m kivi ...`."""
+"""The command line: `kivi ablate`, `schemes`, `tune` and `generate`, or `python -m kivi ...`."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ Impl = Annotated[str, typer.Option(help="Implementation: auto, eager, compile, t
 
 @contextmanager
 def _user_errors() -> Iterator[None]:
-    """A ValueError is the user's to mend: one red line instead of a traceback."""
+    """A ValueError or a bad file is the user's to mend: one red line instead of a traceback."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         line = " ".join(str(error).split())
         Console(stderr=True, soft_wrap=True).print(f"[red]error: {escape(line)}[/red]")
         raise typer.Exit(2) from None

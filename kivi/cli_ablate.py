@@ -68,8 +68,11 @@ class AblateOptions:
         """With every default filled in.
 
         Raises:
-            ValueError: for sizes that leave nothing to evaluate.
+            ValueError: for sizes that leave nothing to evaluate, or a folder that cannot be made.
         """
+        there = next(place for place in (self.out, *self.out.parents) if place.exists())
+        if not there.is_dir():
+            raise ValueError(f"out={str(self.out)!r} is not allowed; {str(there)!r} is a file")
         prefill = self.context // 2 if self.prefill is None else self.prefill
         check_chunk(self.chunk)
         if not 1 <= prefill < self.context:

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from kivi import KVQuantizer
 from kivi.attention import why_not_fused
+from kivi.spec import check_count
 
 AXES = ("kivi", "per_token", "per_channel", "crossed")
 PRESETS: dict[str, tuple[str, ...]] = {
@@ -128,7 +129,12 @@ def choose_schemes(preset: str | None, texts: Sequence[str]) -> dict[str, KVQuan
 
 
 def schemes_table(head_dim: int) -> Table:
-    """All schemes with their options, size and paper."""
+    """All schemes with their options, size ("-" where the head dimension does not fit) and paper.
+
+    Raises:
+        ValueError: for a head dimension below 1.
+    """
+    check_count("head_dim", head_dim, 1)
     table = Table(title=f"Schemes (bits per element at head dimension {head_dim})")
     table.add_column("scheme", style="bold", no_wrap=True)
     table.add_column("options = defaults")
@@ -139,7 +145,10 @@ def schemes_table(head_dim: int) -> Table:
         scheme = KVQuantizer.get(name)
         options = ", ".join(f"{k}={v}" for k, v in KVQuantizer.options(name).items())
         paper = f"arXiv:{scheme.paper}" if scheme.paper else ""
-        fused = why_not_fused(scheme.spec(), head_dim, torch.float16) is None
-        bits = f"{scheme.bits_per_element(head_dim):.2f}"
+        try:
+            bits = f"{scheme.bits_per_element(head_dim):.2f}"
+            fused = why_not_fused(scheme.spec(), head_dim, torch.float16) is None
+        except ValueError:
+            bits, fused = "-", False
         table.add_row(name, options, bits, "fused" if fused else "", paper)
     return table

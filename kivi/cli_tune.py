@@ -29,9 +29,15 @@ def run_tune(
     """Measure every layer, choose pairs and write the file that the tuned scheme reads.
 
     Raises:
-        ValueError: for a model whose attention cannot be recorded, too short a text, or too few
-            bits.
+        ValueError: for a file that cannot be written, a context of which too little is packed, a
+            model whose attention cannot be recorded, too short a text, or too few bits.
     """
+    if out.is_dir() or not out.parent.is_dir():
+        raise ValueError(f"out={str(out)!r} is not allowed; it must be a file in a folder there is")
+    spec = KVQuantizer.get("kvtuner").spec()
+    least = 2 * (spec.sink_length + spec.residual_length + spec.unit)
+    if context < least:  # the exact window would hold all of the prefill: no error anywhere
+        raise ValueError(f"context={context} is not allowed; it must be >= {least}")
     loaded = open_model(model, device, dtype)
     check_context(loaded.model, context)
     tokens, _ = loaded.text_tokens(text)

@@ -51,7 +51,15 @@ class Columns:
         self.packed_calls = self.dense_calls = 0
 
     def handles(self, k: Tensor, v: Tensor) -> tuple[CachedStates, CachedStates]:
-        """Handles of all keys and values, the new ones `[B, Hkv, T, D]` included."""
+        """Handles of all keys and values, the new ones `[B, Hkv, T, D]` included.
+
+        Raises:
+            ValueError: for another number of rows than the cache has.
+        """
+        if k.shape[0] != self.cache.batch_size:
+            raise ValueError(
+                f"input of {k.shape[0]} rows is not allowed; this cache has {self.cache.batch_size}"
+            )
         update = Update(self, k.to(self.cache.dtype), v.to(self.cache.dtype))
         total = self.total(k.shape[2])
         return CachedStates.of(update, total, False), CachedStates.of(update, total, True)

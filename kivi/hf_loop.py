@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kivi.hf import KVCache
-from kivi.spec import check_count
+from kivi.spec import check_choice, check_count
 
 
 def _choose(logits: Tensor, temperature: float, top_k: int | None) -> Tensor:
@@ -64,11 +64,16 @@ def generate_loop(
     """
     check_count("max_new_tokens", max_new_tokens, 1)
     check_count("top_k", 1 if top_k is None else top_k, 1)
+    if backend is not None:
+        check_choice("backend", backend, tuple(torch._dynamo.list_backends(None)))
+    if input_ids.dim() != 2 or 0 in input_ids.shape or input_ids.dtype != torch.int64:
+        has = f"has shape {tuple(input_ids.shape)} and dtype {input_ids.dtype}"
+        raise ValueError(f"input_ids {has}; it must be [B, T] int64, T >= 1")
     need = int(kv.get_seq_length()) + input_ids.shape[1] + max_new_tokens - 1
     if kv.max_length is None or kv.max_length < need:
         raise ValueError(f"kv.max_length={kv.max_length} is not allowed; it must be >= {need}")
-    if not temperature >= 0:
-        raise ValueError(f"temperature={temperature} is not allowed; it must be >= 0")
+    if not (isinstance(temperature, int | float) and temperature >= 0):
+        raise ValueError(f"temperature={temperature!r} is not allowed; it must be >= 0")
     logits = model(input_ids, past_key_values=kv, logits_to_keep=1).logits[:, -1]
     said, at = _buffers((len(input_ids), kv.max_length), input_ids.device)
     said[:, :1] = _choose(logits, temperature, top_k)

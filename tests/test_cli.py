@@ -95,6 +95,13 @@ def test_choice_of_schemes() -> None:
         choose_schemes("x", ())
 
 
+def test_schemes_command_where_not_all_fit() -> None:
+    lines = kivi("schemes", "--head-dim", 80).stdout.splitlines()
+    line = next(x for x in lines if x.startswith("│ kivi "))
+    assert line.split("│")[3].strip() == "-"
+    assert "head_dim=0 is not allowed" in refused(kivi("schemes", "--head-dim", 0))
+
+
 def test_schemes_command_lists_every_scheme() -> None:
     result = kivi("schemes", "--head-dim", 64)
     assert result.exit_code == 0
@@ -186,6 +193,7 @@ def test_ablate_without_passkeys_or_recordable_attention(tiny: Path, tmp_path: P
     [
         (["--scheme", "kiwi"], "did you mean 'kivi'"),
         (["--chunk", "0"], "chunk=0"),
+        (["--out", __file__], "test_cli.py' is a file"),
         (["--tokens", "0"], "tokens=0"),
         (["--context", "9", "--prefill", "9"], "prefill=9 is not allowed; it must be 1 to 8"),
         (["--context", "2000"], "context=2000 is not allowed; this model has 1024 positions"),

@@ -63,11 +63,16 @@ def test_wrong_arguments() -> None:
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
         ({"top_k": 0}, "top_k=0"),
         ({"temperature": -1.0}, r"temperature=-1\.0"),
+        ({"temperature": None}, "temperature=None"),
+        ({"backend": "inductr"}, "backend='inductr' is not allowed; choose from .*'inductor'"),
+        ({"input_ids": ids[0]}, r"input_ids has shape \(70,\)"),
+        ({"input_ids": ids[:, :0]}, r"input_ids has shape \(2, 0\)"),
         ({"max_new_tokens": 60}, "max_length=128 is not allowed; it must be >= 129"),
     ):
         cache = KVCache(model, LOSSLESS, max_length=128)
         with pytest.raises(ValueError, match=message):
-            generate_loop(model, cache, ids, **{"max_new_tokens": 5, "backend": None, **options})
+            given = {"input_ids": ids, "max_new_tokens": 5, "backend": None, **options}
+            generate_loop(model, cache, **given)
         assert cache.get_seq_length() == 0
     with pytest.raises(ValueError, match="max_length=None"):
         generate_loop(model, KVCache(model, LOSSLESS), ids, 5)

@@ -49,6 +49,8 @@ def test_crop(llama: PreTrainedModel, max_length: int | None) -> None:
         cache.crop(3)
     with pytest.raises(ValueError, match="tokens=81"):
         cache.crop(-81)
+    with pytest.raises(ValueError, match="input of 3 rows is not allowed; this cache has 2"):
+        forward(llama, cache, ids[[0, 1, 0], :5])
     torch.testing.assert_close(state(cache), before)
 
 

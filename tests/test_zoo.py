@@ -312,6 +312,22 @@ def test_pairs_go_where_they_help_most():
     assert choose_pairs([easy, hard], 8) == [(4, 4), (4, 4)]
     with pytest.raises(ValueError, match=r"bits=1.5 is not allowed; the cheapest pairs have 2"):
         choose_pairs([easy, hard], 1.5)
+    with pytest.raises(ValueError, match="bits=nan is not allowed"):
+        choose_pairs([easy, hard], float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--context", "319"], "context=319 is not allowed; it must be >= 320"),
+        (["--out", "no/bits.json"], "out='no/bits.json' is not allowed; it must be a file in"),
+        (["--out", "."], "out='.' is not allowed"),
+    ],
+)
+def test_tune_refuses_in_one_line(options, message, tmp_path):
+    result = CliRunner().invoke(app, ["tune", "--out", str(tmp_path / "bits.json"), *options])
+    assert result.exit_code == 2 and not list(tmp_path.iterdir())
+    assert message in " ".join(result.output.split())
 
 
 def test_tune_writes_a_file_that_the_scheme_reads(tmp_path):

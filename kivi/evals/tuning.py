@@ -57,7 +57,7 @@ def choose_pairs(errors: Sequence[Mapping[Pair, float]], bits: float) -> list[Pa
     """
     chosen = [min(own, key=lambda p: (sum(p), own[p])) for own in errors]
     budget = 2 * bits * len(errors) + 1e-9
-    if sum(map(sum, chosen)) > budget:
+    if not sum(map(sum, chosen)) <= budget:  # NaN is no budget either
         least = sum(map(sum, chosen)) / 2 / len(errors)
         raise ValueError(f"bits={bits} is not allowed; the cheapest pairs have {least:g}")
     while True:
