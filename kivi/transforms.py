@@ -77,7 +77,7 @@ def smooth_factor(x: Tensor, valid: Tensor, smooth: Smooth) -> Tensor:
 @cache
 def _random_matrix(rows: int, columns: int, orthogonal: bool) -> Tensor:
     generator = torch.Generator().manual_seed(columns + orthogonal)
-    x = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+    x = torch.randn(rows, columns, generator=generator, dtype=torch.float64, device="cpu")
     if orthogonal:
         x = torch.linalg.qr(x.unflatten(0, (-1, columns)))[0].flatten(0, 1)
     return x.float()

@@ -229,6 +229,8 @@ def test_kvtuner_reads_bits_for_each_layer(tmp_path):
     found = [(s.key.bits, s.value.bits) for s in map(scheme.spec, (0, 1, 2, 7, None))]
     assert found == [(8, 4), (4, 2), (2, 2), (2, 2), (8, 4)]
     assert scheme.bits_per_element(64) == pytest.approx((8 + 4 + 4 + 2 + 2 + 2) / 6 + 1)
+    file.write_text(json.dumps({"layers": [[3, 1]]}))  # tuned again
+    assert scheme.spec(0).key.bits == 3
     for text in ("", "{}", '{"layers": []}', '{"layers": [[5, 2]]}', '{"layers": [[2]]}'):
         file = tmp_path / f"{len(text)}.json"
         file.write_text(text)
@@ -340,3 +342,18 @@ def test_tune_writes_a_file_that_the_scheme_reads(tmp_path):
     assert scheme.bits_per_element(64) == pytest.approx(sum(map(sum, pairs)) / 12 + 1)
     errors = json.loads(out.read_text())["attention_error"]
     assert len(errors) == 6 and all(0 < e < 0.5 for e in errors)
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("name", ["polarquant", "turboquant"])
+def test_tables_of_a_format_are_constants_of_the_graph(name):
+    """Not traced: polarquant's search for its angles has millions of steps."""
+    torch._dynamo.reset()
+    scheme = KVQuantizer.get(name)
+    sizes = {"batch_size": 1, "num_kv_heads": 1, "head_dim": 32, "dtype": torch.float32}
+    eager, traced = (scheme.new_layer(**sizes, max_length=70) for _ in range(2))
+    step = torch.compile(lambda *qkv: traced.decode(*qkv), backend="eager", fullgraph=True)
+    with torch.no_grad():
+        for seed in range(40):
+            qkv = randn(3, 1, 1, 1, 32, seed=seed)
+            torch.testing.assert_close(step(*qkv), eager.decode(*qkv))

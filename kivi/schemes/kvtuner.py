@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 from kivi.quantizer import KVQuantizer
 from kivi.spec import BITS, Axis, KVSpec, QuantSpec, check_choice
 
 
-@cache
 def read_pairs(file: str) -> tuple[tuple[int, int], ...]:
     """Bits of keys and values for each layer, from `{"layers": [[8, 4], [4, 2], ...]}`.
 

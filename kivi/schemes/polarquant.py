@@ -22,7 +22,7 @@ BLOCK = 2 ** len(BITS)
 
 
 @cache
-def codebook(level: int) -> tuple[float, ...]:
+def _codebook(level: int) -> tuple[float, ...]:
     """The angles that stand for codes: even at the first level, then the 1-D k-means of a density.
 
     Of a Gaussian vector the angles at level l > 1 have the density `sin(2 x)^(2^(l-1) - 1)` on
@@ -45,6 +45,15 @@ def codebook(level: int) -> tuple[float, ...]:
             sums[place][1] += w
         found = [a / b for a, b in sums]
     return tuple(found)
+
+
+def codebook(level: int) -> tuple[float, ...]:
+    """See `_codebook`."""
+    return _codebook(level)
+
+
+# Dynamo looks through a cache and would trace every step of the search; see kivi.transforms.
+codebook._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
