@@ -133,3 +133,16 @@ def tracing() -> bool:
     if torch.compiler.is_compiling():
         return True
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def check_token_ids(name: str, x: Tensor) -> None:
+    """Raise a ValueError unless `x` is `[B, T]` int64 and holds a token."""
+    if x.dim() != 2 or 0 in x.shape or x.dtype != torch.int64:
+        has = f"has shape {tuple(x.shape)} and dtype {x.dtype}"
+        raise ValueError(f"{name} {has}; it must be [B, T] int64, T >= 1")
+
+
+def check_at_least(name: str, value: object, least: float) -> None:
+    """Raise a ValueError unless `value` is a number of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= least:
+        raise ValueError(f"{name}={value!r} is not allowed; it must be >= {least}")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kivi.checks import check_at_least, check_token_ids
 from kivi.hf import KVCache
 from kivi.spec import check_choice, check_count
 
@@ -58,22 +59,18 @@ def generate_loop(
 ) -> Tensor:
     """Continue `input_ids [B, T]`, rows without padding, by `[B, max_new_tokens]` tokens.
 
-    Args: `kv` was made for `model` with a `max_length` and holds what came before `input_ids`;
-    `temperature` 0 takes the best token, else one of the `top_k` best (of all) is drawn; `backend`
-    is torch.compile's, None to run without it. Raises a ValueError for one that is not allowed.
+    Args: `kv` has a `max_length` and what came before; `temperature` 0 takes the best token, else
+    one of the `top_k` best (of all) is drawn; `backend` is torch.compile's, None to run without.
+    Raises a ValueError for one that is not allowed.
     """
     check_count("max_new_tokens", max_new_tokens, 1)
     check_count("top_k", 1 if top_k is None else top_k, 1)
-    if backend is not None:
-        check_choice("backend", backend, tuple(torch._dynamo.list_backends(None)))
-    if input_ids.dim() != 2 or 0 in input_ids.shape or input_ids.dtype != torch.int64:
-        has = f"has shape {tuple(input_ids.shape)} and dtype {input_ids.dtype}"
-        raise ValueError(f"input_ids {has}; it must be [B, T] int64, T >= 1")
+    check_choice("backend", backend, (None, *torch._dynamo.list_backends(None)))
+    check_token_ids("input_ids", input_ids)
     need = int(kv.get_seq_length()) + input_ids.shape[1] + max_new_tokens - 1
     if kv.max_length is None or kv.max_length < need:
         raise ValueError(f"kv.max_length={kv.max_length} is not allowed; it must be >= {need}")
-    if not (isinstance(temperature, int | float) and temperature >= 0):
-        raise ValueError(f"temperature={temperature!r} is not allowed; it must be >= 0")
+    check_at_least("temperature", temperature, 0)
     logits = model(input_ids, past_key_values=kv, logits_to_keep=1).logits[:, -1]
     said, at = _buffers((len(input_ids), kv.max_length), input_ids.device)
     said[:, :1] = _choose(logits, temperature, top_k)
