@@ -60,8 +60,7 @@ def generate_loop(
     """Continue `input_ids [B, T]`, rows without padding, by `[B, max_new_tokens]` tokens.
 
     Args: `kv` has a `max_length` and what came before; `temperature` 0 takes the best token, else
-    one of the `top_k` best (of all) is drawn; `backend` is torch.compile's, None to run without.
-    Raises a ValueError for one that is not allowed.
+    one of the `top_k` best is drawn; `backend`: torch.compile's, or None. Raises a ValueError.
     """
     check_count("max_new_tokens", max_new_tokens, 1)
     check_count("top_k", 1 if top_k is None else top_k, 1)
