@@ -247,15 +247,22 @@ def test_a_row_keeps_its_factors(smooth):
 
 
 def test_the_kernels_say_what_they_do_not_take():
+    """Decode attention takes all of this, where a center goes with whole heads; no other kernel."""
     ops = pytest.importorskip("kivi.kernels.triton_ops")
+    at = ((64, 64), torch.float16, torch.device("cuda"))
     for name, value in dict(
         transform="hadamard", center=32, clip=0.9, smooth="max", grid="unbiased"
     ).items():
-        spec = QuantSpec(2, "token", **{name: value})
-        reason = ops.supports(KVSpec(None, spec), (64, 64), torch.float16, torch.device("cuda"))
-        assert f"value: the kernels do not take {name}={value!r}" in reason
+        spec = KVSpec(None, QuantSpec(2, "token", None, **{name: value}))
+        assert ops.supports(spec, *at) is None and not ops.supports_all(spec)
+    for key, value, reason in (
+        (None, QuantSpec(2, "token", 32, center=32), "value: the kernels take center=32 for whole"),
+        (QuantSpec(2, "token", None, center=16), None, "key: the kernels take center=16 for whole"),
+        (QuantSpec(2, "channel", token_norm=True), None, "key: the kernels do not take token_norm"),
+    ):
+        assert reason in ops.supports(KVSpec(key, value), *at)
     plain = KVSpec(QuantSpec(2, "channel"), QuantSpec(2, "token"))
-    assert ops.supports(plain, (64, 64), torch.float16, torch.device("cuda")) is None
+    assert ops.supports(plain, *at) is None and ops.supports_all(plain)
 
 
 @pytest.mark.compile
