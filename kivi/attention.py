@@ -92,7 +92,7 @@ def get_ops(
         return _compiled()
     if impl == "triton" or (impl == "auto" and device is not None and device.type == "cuda"):
         ops = _triton_ops(spec, head_dims, dtype, device)
-        if impl == "triton" and isinstance(ops, Ops) and ops.quantize_pack in _EAGER:
+        if impl == "triton" and isinstance(ops, Ops) and ops.quantize_pack is _EAGER.quantize_pack:
             ops = "only decode attention has a kernel for such a format, which 'auto' takes"
         if isinstance(ops, Ops):
             return ops

@@ -8,8 +8,6 @@ from kivi.spec import TILE_ROWS, QuantSpec, Spec
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 512
-# What decode attention takes for any value: clipping leaves its trace in the codes alone.
-PLAIN = {"transform": None, "center": None, "smooth": None, "clip": 1.0, "token_norm": False}
 GRIDS = ("asymmetric", "symmetric", "least_squares")
 
 
@@ -42,11 +40,11 @@ def supports(
 
 
 def is_plain(spec: Spec | None) -> bool:
-    """Whether codes, scales and zeros say it all: what all kernels take."""
+    """Whether codes, scales and zeros say it all, and how they are found: what all kernels take."""
     if not isinstance(spec, QuantSpec):
         return spec is None
-    fields = all(getattr(spec, name) == value for name, value in PLAIN.items())
-    return fields and spec.grid in GRIDS
+    mapped = spec.transform or spec.center or spec.smooth or spec.token_norm
+    return not mapped and spec.clip == 1 and spec.grid in GRIDS
 
 
 def flat(spec: Spec | None, head_dim: int) -> tuple[int, bool, int]:
