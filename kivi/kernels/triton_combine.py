@@ -10,21 +10,23 @@ NOTHING = tl.constexpr(-1e30)
 @triton.jit(do_not_specialize=["B", "Hkv", "blocks", "rows", "T", "sinks", "programs"])
 def combine_kernel(
     part, part_ml, packed, length, out, lse, s_aux, B, Hkv, blocks, rows, T, sinks, programs,
-    D: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr,
+    D: tl.constexpr, APART: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr,
     PARTS: tl.constexpr, CHANNELS: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
-    """One query of a unit (row, head, block of 8 queries) a program; always in the same order.
+    """One query of a unit (row, head, block of queries) a program; always in the same order.
 
     Which programs worked on a unit follows from `packed` and `length [B]`, as in the kernel that
     wrote `part [n, 8, D]` (sums of values) and `part_ml [n, 16]` (maxima of scores in log 2, sums
-    of probabilities): what program p found for unit u is at p + u. PARTS are read at a time.
+    of probabilities): what program p found for unit u is at p + u, a query every
+    APART of 8 columns. PARTS are read at a time.
     """
     heads = Hkv * blocks
     index = tl.program_id(0)
     r = tl.program_id(1)
     b = index // heads
     unit = index % heads
-    my_q = (unit % blocks) * 8 + r
+    my_q = (unit % blocks) * (8 // APART) + r
+    column = r * APART
     if my_q >= rows:
         return
     row = tl.arange(0, ROWS)
@@ -53,10 +55,10 @@ def combine_kernel(
     for p in range(p0, p1, PARTS):
         slot = (p - p0 + parts + index).to(tl.int64)
         here = p - p0 + parts < p1
-        part_m = tl.load(part_ml + slot * 16 + r, mask=here, other=NOTHING)
-        part_l = tl.load(part_ml + slot * 16 + 8 + r, mask=here, other=0.0)
+        part_m = tl.load(part_ml + slot * 16 + column, mask=here, other=NOTHING)
+        part_l = tl.load(part_ml + slot * 16 + 8 + column, mask=here, other=0.0)
         values = tl.load(
-            part + (slot * 8 + r)[:, None] * D + ch[None, :], mask=here[:, None], other=0.0
+            part + (slot * 8 + column)[:, None] * D + ch[None, :], mask=here[:, None], other=0.0
         )
         new_m = tl.maximum(m, tl.max(part_m, 0))
         old = tl.exp2(m - new_m)

@@ -22,6 +22,8 @@ RESIDENT = 8
 PLANES = 4
 HEAD_DIMS = (64, 128, 256)
 WIDTHS = (1, 2, 4, 8)
+# On 8-bit tensor cores, up to 4 query heads times tokens.
+BYTE_WIDTHS = (2, 4)
 # Query heads times tokens on one kv head up to which re-reading the pages for every 8 pays.
 MAX_ROWS = 32
 
@@ -70,9 +72,12 @@ def _gpu(device: torch.device) -> tuple[int, int, int]:
     return count, found.shared_memory_per_multiprocessor, found.major
 
 
-def _resident(shared: int, d: int, planes: int, key_group: int, value_group: int) -> int:
+def _resident(
+    shared: int, d: int, planes: int, key_group: int, value_group: int, as_bytes: bool
+) -> int:
     """Programs that a multiprocessor of so much shared memory holds at once."""
-    per_token = d // value_group * 2 + (2 if value_group == d else 16)  # scales; zeros, ones
+    zeros = d // value_group if as_bytes or value_group == d else 8  # and ones
+    per_token = (d // value_group + zeros) * 2
     metadata = 4 * d * -(-planes * TILE_ROWS // key_group) + planes * TILE_ROWS * per_token
     return max(1, min(RESIDENT, shared // (4 * TILE_ROWS * d + metadata + 1024)))
 
@@ -137,13 +142,15 @@ def decode(
     b, hq, t, d = q.shape
     hkv, slots = exact_key.shape[1], exact_key.shape[2] - 1
     rows = hq // hkv * t
-    blocks = -(-rows // 8)
+    as_bytes = rows <= 4 and bits[0] == bits[1] in BYTE_WIDTHS and d <= 128
+    apart = 2 if as_bytes else 1
+    blocks = -(-rows * apart // 8)
     units = b * hkv * blocks
     multiprocessors, shared, major = _gpu(q.device)
-    planes = min(PLANES, 16 // max(bits))
-    resident = multiprocessors * _resident(shared, d, planes, *groups)
+    planes = 8 // bits[0] if as_bytes else min(PLANES, 16 // max(bits))
+    resident = multiprocessors * _resident(shared, d, planes, *groups, as_bytes)
     steps = _steps(table.shape[1], planes, slots)
-    if planes > 2 and 2 * units * steps <= resident:
+    if not as_bytes and planes > 2 and 2 * units * steps <= resident:
         planes, steps = 2, _steps(table.shape[1], 2, slots)  # a step each: the shorter the better
     programs = min(resident, units * steps)
     # A program for each unit where sharing it would save nothing
@@ -166,23 +173,23 @@ def decode(
     early = major >= 9  # programmatic dependent launch
     kind = (q.device, q.dtype, softcap is None, None if s_aux is None else s_aux.dtype)
     _decode(
-        (kind, static),
+        (kind, static, as_bytes),
         (programs, 1, 1),
         (
             *(q, key[0], key[1], zero_of[0][0], value[0], value[1], zero_of[1][0]),
             *(table, packed, exact_key, exact_value, length, query_position),
             *(parts, sums, out, lse, s_aux),
         ),
-        (scale, softcap, b, hkv, blocks, rows, t, table.shape[1], slots, sinks, *static, early),
+        (scale, softcap, b, hkv, blocks, rows, t, table.shape[1], slots, sinks, *static, early, as_bytes),
     )
     if not single:
         # All parts of a query at once, in one round of loads: few of them, or many.
         most = 32 if programs <= 30 * units else 256
         channels = 64 if most == 32 else 16
-        constants = (d, 32 * planes, max(32, several), most, channels, early)
+        constants = (d, apart, 32 * planes, max(32, several), most, channels, early)
         _combine(
             (kind, constants),
-            (units, min(8, rows), d // channels),
+            (units, min(8 // apart, rows), d // channels),
             (parts, sums, packed, length, out, lse, s_aux),
             (b, hkv, blocks, rows, t, sinks, programs, *constants),
             num_warps=1,

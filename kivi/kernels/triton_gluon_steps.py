@@ -24,6 +24,12 @@ def headroom(dtype):
     return 10.0 if dtype == gl.float16 else 64.0
 
 
+@gluon.constexpr_function
+def lift(dtype):
+    """What queries are brought to: times scales, float16 ones must neither vanish nor overflow."""
+    return 0.5 if dtype == gl.float16 else 2.0**64
+
+
 @gluon.jit
 def _add(a, b):
     return a + b
@@ -93,23 +99,43 @@ def fetch_key_groups(
 
 
 @gluon.jit
-def fetch_value_groups(scales, zeros, vs, vz, unit, sub, last, NP: gl.constexpr, NG: gl.constexpr):
-    """Scales and zeros of the step's tokens."""
+def fetch_value_groups(
+    scales,
+    zeros,
+    vs,
+    vz,
+    unit,
+    sub,
+    last,
+    NP: gl.constexpr,
+    NG: gl.constexpr,
+    ONES: gl.constexpr,
+):
+    """Scales and zeros of the step's tokens; ONES: zeros come beside a column of ones."""
     first = (unit * 512 + sub * (NP * 32)) * NG
     flat = view_as(scales, scales.dtype, [NP, 32 * NG], PLAIN)
     copy_groups(flat, vs + first, NP, 32 * NG, last)
-    copy_zeros(zeros, vz + first, NP * 32, NG, last)
+    if ONES and NG > 1:
+        copy_zeros(zeros, vz + first, NP * 32, NG, last)
+    else:
+        flat = view_as(zeros, zeros.dtype, [NP, 32 * NG], PLAIN)
+        copy_groups(flat, vz + first, NP, 32 * NG, last)
 
 
 @gluon.jit
-def load_query(source, block, rows, LIFT: gl.constexpr, D: gl.constexpr):
+def load_query(
+    source, block, rows, LIFT: gl.constexpr, APART: gl.constexpr, D: gl.constexpr
+):
     """8 queries as operand B `[D, 8]`, times LIFT over a power of 2; and that power.
 
+    With APART = 2 they are 4, and 0 between them.
     The largest power of 2 in them goes into the scores, so that q * scale stays in range.
     """
-    r = block * 8 + gl.arange(0, 8, layout=gl.SliceLayout(0, OPERAND_B))
+    column = gl.arange(0, 8, layout=gl.SliceLayout(0, OPERAND_B))
+    r = block * (8 // APART) + column // APART
+    real = (r < rows) & (column % APART == 0)
     d = gl.arange(0, D, layout=gl.SliceLayout(1, OPERAND_B))
-    q = gl.load(source + r[None, :] * D + d[:, None], mask=r[None, :] < rows, other=0.0)
+    q = gl.load(source + r[None, :] * D + d[:, None], mask=real[None, :], other=0.0)
     power = gl.max(gl.max(gl.abs(q.to(gl.float32)), 1), 0)
     power = (power.to(gl.int32, bitcast=True) & 0x7F800000).to(gl.float32, bitcast=True)
     power = gl.maximum(power, 1e-30)

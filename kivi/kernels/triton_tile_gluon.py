@@ -285,14 +285,10 @@ def copy_exact(
 
 @gluon.jit
 def copy_zeros(target, source, tokens: gl.constexpr, groups: gl.constexpr, last):
-    """Zeros `[tokens, groups]`: beside a column of ones in rows of 8, or alone if there is one."""
-    if groups == 1:
-        flat = view_as(target, target.dtype, [tokens // 32, 32], PLAIN)
-        copy_groups(flat, source, tokens // 32, 32, last)
-    else:
-        layout: gl.constexpr = gl.BlockedLayout([1, groups], [32, 1], [1, 1], [1, 0])
-        r = gl.arange(0, tokens, layout=gl.SliceLayout(1, layout))
-        c = gl.arange(0, groups, layout=gl.SliceLayout(0, layout))
-        r = gl.minimum(r, last * 32 + 31)
-        rows = view_as(target, target.dtype, [tokens, 8], PLAIN).slice(0, groups, dim=1)
-        start_copy(rows, source + r[:, None] * groups + c[None, :])
+    """Zeros `[tokens, groups]`, beside a column of ones in rows of 8."""
+    layout: gl.constexpr = gl.BlockedLayout([1, groups], [32, 1], [1, 1], [1, 0])
+    r = gl.arange(0, tokens, layout=gl.SliceLayout(1, layout))
+    c = gl.arange(0, groups, layout=gl.SliceLayout(0, layout))
+    r = gl.minimum(r, last * 32 + 31)
+    rows = view_as(target, target.dtype, [tokens, 8], PLAIN).slice(0, groups, dim=1)
+    start_copy(rows, source + r[:, None] * groups + c[None, :])
