@@ -30,7 +30,7 @@ def merge(out: Path | None, row: Row) -> None:
 def brief(row: Row) -> str:
     """A row in one line."""
     found = [f"{name} {row[name]:.5g}" for name in SHOWN if row.get(name) is not None]
-    case = f"{row['model']} {row['batch']}x{row['context']} {row['cache']}"
+    case = f"{row['model']} {row['layers']}L {row['batch']}x{row['context']} {row['cache']}"
     capped = f" ({row['cap GB']:g} GB)" if row["cap GB"] else ""
     return f"{case}{capped}: " + (row.get("failed") or ", ".join(found))
 
@@ -42,9 +42,10 @@ def plot(record: Path, picture: Path, along: str, model: str) -> None:
     rows = [row for row in json.loads(record.read_text())["rows"] if "tokens/s" in row]
     rows = [row for row in rows if row["model"] == model]
     other = "batch" if along == "context" else "context"
-    counts = [row[other] for row in rows]
-    fixed = max(sorted(set(counts)), key=counts.count)
-    rows = sorted((row for row in rows if row[other] == fixed), key=lambda row: int(row[along]))
+    kinds = [(row[other], json.dumps([row["cap GB"], row["options"]])) for row in rows]
+    kind = max(sorted(set(kinds)), key=kinds.count)
+    chosen = [row for row, its in zip(rows, kinds, strict=True) if its == kind]
+    fixed, rows = kind[0], sorted(chosen, key=lambda row: int(row[along]))
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     for axes, what in zip(figure.subplots(1, 2), ("tokens/s", "peak GiB"), strict=True):
         for name in dict.fromkeys(row["cache"] for row in rows):
