@@ -131,6 +131,7 @@ def measure(model: PreTrainedModel, name: str, batch: int, context: int, new: in
         warm = new_cache(name, model, length, o["cache"])
         prefill(model, warm, batch, min(context, 2 * chunk if chunk else context), chunk)
         del warm
+        gc.collect()
     cache = new_cache(name, model, length, o["cache"])
     reset_peak()
     if o["prefill"]:
