@@ -1,43 +1,71 @@
 """A whole model with each kind of cache: prefill time, decode tokens/s, peak memory, cache bytes.
 
-    python bench/bench_generate.py grid --model llama-3.1-8b --batch 1,8,32 --context 1024,8192 \
-        --caches dynamic,static,kivi-2,kivi-2-compiled --out bench/results/generate.json
+    python bench/bench_generate.py grid --out bench/results/generate.json
+    python bench/bench_generate.py grid --cases 1x131072 --caches kivi-2 --cap-gb 24 --prefill \
+        --chunk 2048 --out bench/results/generate.json
     python bench/bench_generate.py paper --cap-gb 80 --out bench/results/paper_protocol.json
     python bench/bench_generate.py plot bench/results/generate.json docs/generate.png
 
 Weights are random, shapes are those of the real models. `grid` fills a cache with random keys and
-values (a prefill of the whole grid would take hours) and times decode steps; `--prefill` times real
-prompts as well. `paper` is the protocol of KIVI (arXiv 2402.02750, section 4.3): 161 tokens in, 338
-out, the batch raised until memory ends. Records grow: a row replaces the row of the same case, so
-that a grid can be measured in slices. Out of memory is a result, and ends that cache's batches.
+values (a prefill of the whole grid would take hours) and times decode steps; with `--prefill` real
+prompts fill it, and are timed as well. `paper` is the protocol of KIVI (arXiv 2402.02750, section
+4.3): 161 tokens in, 338 out, the batch raised until memory ends.
+
+Every case stands alone: what fails is a result, gives its memory back, and its row is written at
+once. `--seconds` ends a slice in time and says what it left out; a record grows slice by slice, a
+row replacing the row of the same case.
 """
 
 from __future__ import annotations
 
 import gc
-import json
+import signal
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Literal
 
+import generate_record
 import torch
 import typer
-from generate_cases import CACHES, MODELS, cache_bytes, compiles, fill, new_cache, new_model
+from generate_cases import MODELS, cache_bytes, check_cache, compiles, fill, new_cache, new_model
+from generate_record import Row, brief, merge
+from generate_steps import WARM_UP, How, decoder
 from measure import DEVICE, environment
-from rich.console import Console
 from transformers import Cache, PreTrainedModel
 
 from kivi.hf_loop import _buffers, _compiled
 
-WARM_UP = 6
-console = Console(width=150)
+started = time.monotonic()
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 warnings.filterwarnings("ignore", category=FutureWarning)  # past_key_values has a new name
-Row = dict[str, Any]
+
+
+LEAST = 5.0
+"""Seconds that must be left to start a case; what takes longer is cut off."""
+
+
+class OutOfTime(BaseException):
+    """No Exception: torch.compile would take one for a failure of its own."""
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise OutOfTime in what takes longer."""
+
+    def stop(*_: object) -> None:
+        raise OutOfTime
+
+    signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 @contextmanager
@@ -66,6 +94,11 @@ def clean() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
+def reset_peak() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+
+
 def peak_gib() -> float | None:
     return torch.cuda.max_memory_allocated() / 2**30 if DEVICE == "cuda" else None
 
@@ -77,30 +110,6 @@ def cap(gigabytes: float | None) -> None:
         torch.cuda.set_per_process_memory_fraction(min(1.0, gigabytes * 2**30 / total))
 
 
-def decoder(
-    model: PreTrainedModel, cache: Any, name: str, batch: int, length: int, backend: str
-) -> Callable[[int], None]:
-    """A function that decodes n tokens greedily, on a compiled step where the cache can."""
-    if compiles(name):
-        said, at = _buffers((batch, length), torch.device(DEVICE))
-        at.zero_()
-        step = _compiled(backend)
-
-        def compiled_steps(n: int) -> None:
-            for _ in range(n):
-                step(model, cache, said, at, 0.0, None)
-
-        return compiled_steps
-    token = torch.ones(batch, 1, dtype=torch.int64, device=DEVICE)
-
-    def steps(n: int) -> None:
-        nonlocal token
-        for _ in range(n):
-            token = model(token, past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True)
-
-    return steps
-
-
 def prefill(
     model: PreTrainedModel, cache: Cache, batch: int, tokens: int, chunk: int | None
 ) -> None:
@@ -109,32 +118,35 @@ def prefill(
         model(part, past_key_values=cache, logits_to_keep=1)
 
 
+def how_to(name: str, options: Row) -> How:
+    return options["compile"] if compiles(name) else "eager"
+
+
 @torch.no_grad()
-def measure(
-    model: PreTrainedModel, name: str, batch: int, context: int, new: int, options: Row
-) -> Row:
+def measure(model: PreTrainedModel, name: str, batch: int, context: int, new: int, o: Row) -> Row:
     """One case of the grid."""
-    clean()
     row: Row = {}
-    length, times = context + WARM_UP + new + 1, list[float]()
-    if options["prefill"]:
-        for _ in range(2):  # the first one warms up
-            cache = new_cache(name, model, length, options["cache"])
-            if DEVICE == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            with timed(times):
-                prefill(model, cache, batch, context, options["chunk"])
+    length, times, chunk = context + WARM_UP + new + 1, list[float](), o["chunk"]
+    if o["prefill"]:
+        warm = new_cache(name, model, length, o["cache"])
+        prefill(model, warm, batch, min(context, 2 * chunk if chunk else context), chunk)
+        del warm
+        gc.collect()
+    cache = new_cache(name, model, length, o["cache"])
+    reset_peak()
+    if o["prefill"]:
+        with timed(times):
+            prefill(model, cache, batch, context, chunk)
         row |= {"prefill s": times[-1], "prefill peak GiB": peak_gib()}
-        del cache
-        clean()
-    cache = new_cache(name, model, length, options["cache"])
-    fill(cache, model, batch, context)
-    run = decoder(model, cache, name, batch, length, options["backend"])
-    run(WARM_UP)
-    if DEVICE == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    with timed(times):
-        run(new)
+    else:
+        fill(cache, model, batch, context)
+    with decoder(model, cache, batch, length, how_to(name, o), o["backend"]) as run:
+        reset_peak()  # a replayed graph uses what its capture allocated, so that counts as well
+        with timed(times):
+            run(WARM_UP)
+        row |= {"warm-up s": times[-1]}
+        with timed(times):
+            run(new)
     row |= {"tokens/s": batch * new / times[-1], "ms/step": times[-1] / new * 1e3}
     return row | {"peak GiB": peak_gib(), "cache GiB": cache_bytes(cache) / 2**30}
 
@@ -142,144 +154,172 @@ def measure(
 @torch.no_grad()
 def converse(model: PreTrainedModel, name: str, batch: int, context: int, new: int, o: Row) -> Row:
     """One case of the paper's protocol: a prompt and `new` tokens, time of both."""
-    clean()
-    length, times = context + new, list[float]()
+    length, times, how = context + new, list[float](), how_to(name, o)
+    reset_peak()
     cache = new_cache(name, model, length, o["cache"])
-    for warm in (True, False):
-        if not warm and compiles(name):
-            cache.reset()
-        elif not warm:
+    prefill(model, cache, batch, context, o["chunk"])
+    with ExitStack() as stack:
+        run = stack.enter_context(decoder(model, cache, batch, length, how, o["backend"]))
+        run(WARM_UP)
+        if how == "eager":
+            del cache, run
+            stack.close()
+            gc.collect()
             cache = new_cache(name, model, length, o["cache"])
-            if DEVICE == "cuda":
-                torch.cuda.reset_peak_memory_stats()
+            run = stack.enter_context(decoder(model, cache, batch, length, how, o["backend"]))
+        else:
+            cache.reset()
         with timed(times):
             prefill(model, cache, batch, context, o["chunk"])
-            run = decoder(model, cache, name, batch, length, o["backend"])
-            run(WARM_UP if warm else new - 1)
+            run(new - 1)
     row = {"tokens/s": batch * new / times[-1], "seconds": times[-1], "peak GiB": peak_gib()}
     return row | {"cache GiB": cache_bytes(cache) / 2**30}
 
 
-def numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+def attempt(one: Callable[[], Row], seconds: float) -> tuple[Row, bool] | None:
+    """A case's results or why there are none, and whether smaller cases may do better.
 
-
-def merge(out: Path | None, rows: list[Row]) -> None:
-    """Write rows into a record; a row replaces the one of the same case."""
-    if out is None:
-        return
-    record = json.loads(out.read_text()) if out.exists() else {"rows": []}
-    key = ("model", "layers", "batch", "context", "new", "cache", "cap GB")
-
-    def case(row: Row) -> str:
-        return json.dumps([row["environment"]["device"], *(row.get(name) for name in key)])
-
-    held = {case(row): row for row in record["rows"]} | {case(row): row for row in rows}
-    out.write_text(json.dumps({"rows": list(held.values())}, indent=1) + "\n")
+    None if there was not enough time.
+    """
+    clean()
+    begun, smaller = time.monotonic(), True
+    try:
+        with time_limit(seconds):
+            row = one()
+    except OutOfTime:
+        return None
+    except Exception as error:  # whatever it is, the next case shall run
+        smaller = "out of memory" in str(error).lower()
+        line = (str(error).strip() or repr(error)).splitlines()[0][:200]
+        row = {"failed": "out of memory" if smaller else f"{type(error).__name__}: {line}"}
+    return row | {"case s": time.monotonic() - begun}, smaller
 
 
 def run_cases(
     one: Callable[..., Row], model_name: str, layers: int | None, names: list[str],
-    cases: list[tuple[int, int, int]], cap_gb: float | None, options: Row, out: Path | None,
+    cases: list[tuple[int, int, int]], cap_gb: float | None, options: Row, seconds: float,
+    out: Path | None,
 ) -> None:  # fmt: skip
-    """Measure cases `(batch, context, new)` with each cache; after a failure smaller ones only."""
-    unknown = set(names) - set(CACHES)
-    if unknown or model_name not in MODELS:
-        raise typer.BadParameter(f"{unknown or model_name}: choose from {CACHES} and {[*MODELS]}")
+    """Measure each case `(batch, context, new)` with every cache, while there is time.
+
+    After a case that does not fit, smaller ones only.
+    """
+    if model_name not in MODELS:
+        raise typer.BadParameter(f"model {model_name!r}: choose from {', '.join(MODELS)}")
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
     cap(cap_gb)
     model, where = new_model(model_name, layers), environment()
     where["command"] += " " + " ".join(sys.argv[1:])
-    for name in names:
-        failed: list[tuple[int, int]] = []
-        for batch, context, new in cases:
+    sync()
+    print(f"{where['device']}: model after {time.monotonic() - started:.0f} s", flush=True)
+    said = {"compile": options["compile"], "prefill": options["prefill"], "chunk": options["chunk"]}
+    said |= options["cache"]
+    failed: dict[str, list[tuple[int, int]]] = {name: [] for name in names}
+    rows, skipped = list[Row](), list[str]()
+    for batch, context, new in cases:
+        for name in names:
+            if any(batch >= b and context >= c for b, c in failed[name]):
+                continue
+            left = seconds - (time.monotonic() - started)
+            if left < LEAST:
+                skipped.append(f"{batch}x{context} {name}")
+                continue
             row = {"model": model_name, "layers": model.config.num_hidden_layers, "batch": batch}
             row |= {"context": context, "new": new, "cache": name, "cap GB": cap_gb}
-            if any(batch >= b and context >= c for b, c in failed):
+            row["options"] = {key: value for key, value in said.items() if value}
+            result = attempt(partial(one, model, name, batch, context, new, options), left)
+            if result is None:
+                skipped.append(f"{batch}x{context} {name} (cut off)")
                 continue
-            try:
-                row |= one(model, name, batch, context, new, options)
-            except torch.OutOfMemoryError:
-                failed.append((batch, context))
-                row |= {"failed": "out of memory"}
-            except ImportError as error:  # quanto or HQQ is not installed
-                row |= {"failed": str(error).splitlines()[0]}
-                failed.append((0, 0))
-            console.print(
-                {k: round(x, 3) if isinstance(x, float) else x for k, x in row.items()},
-                soft_wrap=True,
-            )
-            merge(out, [row | {"environment": where}])
-    clean()
+            row |= result[0]
+            if "failed" in row:
+                failed[name].append((batch, context) if result[1] else (0, 0))
+            print(f"[{time.monotonic() - started:.0f} s] {brief(row)}", flush=True)
+            merge(out, row | {"environment": where})
+            rows.append(row)
+    print("\nAll:", *map(brief, rows), sep="\n")
+    if skipped:
+        print(f"No time in {seconds:.0f} s for: {', '.join(skipped)}")
 
 
-Caches = Annotated[str, typer.Option(help=f"of {', '.join(CACHES)}")]
+def parse_cases(text: str, new: int) -> list[tuple[int, int, int]]:
+    """`"1x131072,8x8192"`: batch and context of each case."""
+    try:
+        return [(int(b), int(c), new) for b, c in (part.split("x") for part in text.split(","))]
+    except ValueError as error:
+        raise typer.BadParameter(f"cases {text!r}: write 1x131072,8x8192") from error
+
+
+def parse_caches(text: str) -> list[str]:
+    try:
+        return [check_cache(name) for name in text.split(",")]
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+Caches = Annotated[str, typer.Option(help="static, dynamic, kivi-2, kivi-2-compiled, plumb-2, ...")]
+Seconds = Annotated[float, typer.Option(help="After so many, say what there was no time for.")]
+Compile = Annotated[
+    Literal["layer", "whole"], typer.Option(help="layer: one layer for all, or whole: the step.")
+]
 
 
 @app.command()
 def grid(
     model: str = "llama-3.1-8b",
-    batch: str = "1,8,32,64",
-    context: str = "1024,8192,32768,131072",
-    caches: Caches = "dynamic,static,kivi-2,kivi-2-compiled,kivi-4,kivi-4-compiled",
-    new: int = 64,
+    cases: Annotated[str, typer.Option(help="Batches and contexts, what matters first.")] = (
+        "1x131072,32x32768,1x8192,8x8192,16x32768,1x32768,8x32768,32x8192,1x1024,8x1024,32x1024,"
+        "64x1024,64x8192,64x32768,8x131072"
+    ),
+    caches: Caches = "dynamic,static,kivi-2,kivi-2-compiled,kivi-4-compiled",
+    new: int = 48,
     layers: int | None = None,
     prefill: bool = False,
     chunk: int | None = None,
     cap_gb: float | None = None,
-    group_size: int = 32,
+    group_size: int | None = None,
+    residual_length: int | None = None,
+    compile: Compile = "layer",
     backend: str = "inductor",
+    seconds: Seconds = 3600,
     out: Path | None = None,
 ) -> None:
     """Decode speed and memory over batches and contexts."""
-    options = {"prefill": prefill, "chunk": chunk, "backend": backend}
-    options["cache"] = {"group_size": group_size}
-    cases = [(b, c, new) for c in numbers(context) for b in numbers(batch)]
-    run_cases(measure, model, layers, caches.split(","), cases, cap_gb, options, out)
+    options = {"prefill": prefill, "chunk": chunk, "backend": backend, "compile": compile}
+    options["cache"] = {"group_size": group_size, "residual_length": residual_length}
+    names, what = parse_caches(caches), parse_cases(cases, new)
+    run_cases(measure, model, layers, names, what, cap_gb, options, seconds, out)
 
 
 @app.command()
 def paper(
     model: str = "llama-2-7b",
-    batch: str = "1,8,16,32,64,96,128,192,256,320,384,448,512",
+    batch: str = "32,64,128,192,256,320,384,448,512,640,768",
     caches: Caches = "dynamic,static,kivi-2,kivi-2-compiled",
     prompt: int = 161,
     new: int = 338,
     layers: int | None = None,
     cap_gb: float | None = None,
-    group_size: int = 32,
+    group_size: int | None = None,
+    residual_length: int | None = None,
+    compile: Compile = "layer",
     backend: str = "inductor",
+    seconds: Seconds = 3600,
     out: Path | None = None,
 ) -> None:
     """The paper's throughput experiment: batches up to what memory holds."""
-    options = {"chunk": None, "backend": backend, "cache": {"group_size": group_size}}
-    cases = [(b, prompt, new) for b in numbers(batch)]
-    run_cases(converse, model, layers, caches.split(","), cases, cap_gb, options, out)
+    options = {"prefill": True, "chunk": None, "backend": backend, "compile": compile}
+    options["cache"] = {"group_size": group_size, "residual_length": residual_length}
+    names = parse_caches(caches)
+    what = parse_cases(",".join(f"{b}x{prompt}" for b in batch.split(",")), new)
+    run_cases(converse, model, layers, names, what, cap_gb, options, seconds, out)
 
 
 @app.command()
-def plot(record: Path, picture: Path, along: str = "context") -> None:
+def plot(record: Path, picture: Path, along: str = "context", model: str = "llama-3.1-8b") -> None:
     """Tokens/s and peak memory along "context" or "batch", for the most frequent other number."""
-    from matplotlib.figure import Figure
-
-    rows = [row for row in json.loads(record.read_text())["rows"] if "tokens/s" in row]
-    other = "batch" if along == "context" else "context"
-    counts = [row[other] for row in rows]
-    fixed = max(sorted(set(counts)), key=counts.count)
-    rows = sorted((row for row in rows if row[other] == fixed), key=lambda row: int(row[along]))
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    for axes, what in zip(figure.subplots(1, 2), ("tokens/s", "peak GiB"), strict=True):
-        for name in dict.fromkeys(row["cache"] for row in rows):
-            one = [row for row in rows if row["cache"] == name]
-            points = [(row[along], row[what] or row["cache GiB"]) for row in one]  # CPU: no peak
-            axes.plot(*zip(*points, strict=True), marker="o", label=name)
-        axes.set(xscale="log", yscale="log", xlabel=f"{along} ({other} {fixed})", ylabel=what)
-        ticks = sorted({row[along] for row in rows})
-        axes.set_xticks(ticks, [f"{n // 1024}K" if n % 1024 == 0 else str(n) for n in ticks])
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    figure.suptitle(f"{rows[0]['model']}, {rows[0]['environment']['device']}", fontsize=10)
-    figure.savefig(picture, dpi=150)
+    generate_record.plot(record, picture, along, model)
 
 
 if __name__ == "__main__":

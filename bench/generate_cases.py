@@ -19,6 +19,7 @@ from transformers import (
     StaticCache,
 )
 
+from kivi import KVQuantizer
 from kivi.hf import KVCache
 
 SEVEN = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
@@ -53,8 +54,9 @@ MODELS: dict[str, Callable[[], Any]] = {
         max_position_embeddings=LONG,
     ),
 }
+COMPILED = "-compiled"
 CACHES = ("dynamic", "static", "quanto-2", "quanto-4", "hqq-2", "hqq-4")
-CACHES += ("kivi-2", "kivi-4", "kivi-2-compiled", "kivi-4-compiled")
+"""Caches of transformers. Others are a scheme and its bits, `kivi-2`, or `kivi-2-compiled`."""
 CHUNK = 2**18
 """Tokens of all rows that are filled in at a time."""
 
@@ -67,13 +69,33 @@ def new_model(name: str, layers: int | None) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
 
 
+def check_cache(name: str) -> str:
+    """The name of a cache.
+
+    Raises:
+        ValueError: if there is no such cache.
+    """
+    scheme, _, bits = name.removesuffix(COMPILED).rpartition("-")
+    if name not in CACHES and not (scheme in KVQuantizer.available() and bits.isdigit()):
+        allowed = ", ".join((*CACHES, "kivi-2", "kivi-2" + COMPILED))
+        raise ValueError(f"cache {name!r}: choose from {allowed}, or another scheme's")
+    return name
+
+
 def new_cache(name: str, model: PreTrainedModel, length: int, options: dict[str, Any]) -> Cache:
-    """An empty cache for `length` tokens; sets the attention that goes with it."""
-    kind, _, rest = name.partition("-")
+    """An empty cache for `length` tokens; sets the attention that goes with it.
+
+    Args:
+        name: see `check_cache`.
+        model: what it is for.
+        length: tokens that a static one must hold.
+        options: of schemes; those that a scheme does not have are left out.
+    """
+    kind, _, rest = name.removesuffix(COMPILED).rpartition("-")
     model.set_attn_implementation("sdpa")
-    if kind == "dynamic":
+    if name == "dynamic":
         return DynamicCache(config=model.config)
-    if kind == "static":
+    if name == "static":
         return StaticCache(config=model.config, max_cache_len=length)
     if kind in ("quanto", "hqq"):
         axes = (
@@ -89,14 +111,14 @@ def new_cache(name: str, model: PreTrainedModel, length: int, options: dict[str,
             q_group_size=64,
             **axes,
         )
-    bits, _, compiled = rest.partition("-")
-    return KVCache(
-        model, "kivi", bits=int(bits), max_length=length if compiled else None, **options
-    )
+    has = KVQuantizer.options(kind)
+    chosen = {key: value for key, value in options.items() if key in has and value is not None}
+    static = length if name.endswith(COMPILED) else None
+    return KVCache(model, kind, bits=int(rest), max_length=static, **chosen)
 
 
 def compiles(name: str) -> bool:
-    return name == "static" or name.endswith("compiled")
+    return name == "static" or name.endswith(COMPILED)
 
 
 def fill(cache: Cache, model: PreTrainedModel, batch: int, tokens: int) -> None:

@@ -1,9 +1,13 @@
-"""Train kivi's reference model: a small Llama on permissively licensed source text.
+"""Train a small model on permissively licensed source text: kivi's reference model, or another.
 
     python bench/train_reference.py OUT --minutes 8       # one NVIDIA H200
+    python bench/train_reference.py OUT --minutes 5 --family qwen2 --layers 4 --hidden 512 \
+        --mlp 1408 --heads 4 --kv-heads 4 --head-dim 128 --seed 1
 
-The text is that of the packages installed on the machine; Python's standard library is held out.
-The schedule runs on wall time, so that a run ends when its budget does.
+The first is the embedded model, the second one of another shape, with biased keys, to see that a
+scheme is no fit to the first. The text is that of the packages installed on the machine; Python's
+standard library is held out. The schedule runs on wall time, so that a run ends when its budget
+does.
 """
 
 from __future__ import annotations
@@ -12,6 +16,8 @@ import json
 import platform
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,11 +44,12 @@ from reference_data import (
 from torch import Tensor
 from transformers import (
     AttentionInterface,
+    AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    Qwen2Config,
 )
 
 from kivi.evals.passkey import PasskeyTemplate
@@ -66,15 +73,36 @@ def causal_attention(
 AttentionInterface.register("causal_training", causal_attention)
 
 
-def new_model(attention: str = "sdpa") -> Any:
-    config: Any = LlamaConfig(
+class Family(StrEnum):
+    """Architectures; Qwen 2 is a Llama with biases on queries, keys and values."""
+
+    LLAMA = "llama"
+    QWEN2 = "qwen2"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The model's shape."""
+
+    family: Family
+    layers: int
+    hidden: int
+    mlp: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+
+def new_model(shape: Shape, attention: str = "sdpa") -> Any:
+    kind: Any = {Family.LLAMA: LlamaConfig, Family.QWEN2: Qwen2Config}[shape.family]
+    config = kind(
         vocab_size=VOCAB,
-        hidden_size=384,
-        intermediate_size=1024,
-        num_hidden_layers=6,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        head_dim=64,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.mlp,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
         max_position_embeddings=4096,
         rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
         rms_norm_eps=1e-5,
@@ -83,12 +111,12 @@ def new_model(attention: str = "sdpa") -> Any:
         eos_token_id=0,
     )
     config._attn_implementation = attention
-    return LlamaForCausalLM(config)
+    return AutoModelForCausalLM.from_config(config)
 
 
-def save(model: Any, out: Path) -> None:
+def save(model: Any, shape: Shape, out: Path) -> None:
     """The float32 weights in training, as a bfloat16 model folder."""
-    export = new_model().to(torch.bfloat16)
+    export = new_model(shape).to(torch.bfloat16)
     export.load_state_dict(model.state_dict())
     export.generation_config = GenerationConfig(bos_token_id=0, eos_token_id=0, pad_token_id=0)
     export.save_pretrained(out)
@@ -186,13 +214,24 @@ def main(
     init_from: Annotated[
         Path | None, typer.Option(help="Go on from this model and tokenizer.")
     ] = None,
+    family: Annotated[Family, typer.Option(help="qwen2: biased queries, keys, values.")] = (
+        Family.LLAMA
+    ),
+    layers: int = 6,
+    hidden: int = 384,
+    mlp: int = 1024,
+    heads: int = 6,
+    kv_heads: int = 2,
+    head_dim: int = 64,
+    seed: Annotated[int, typer.Option(help="Of the weights and the order of the text.")] = 0,
     smoke: Annotated[bool, typer.Option(help="A tiny corpus and 20 steps.")] = False,
     compiled: Annotated[bool, typer.Option("--compile/--no-compile")] = True,
 ) -> None:
     """Build the corpus and the tokenizer, train, save the model folder OUT and measure it."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     deadline = started + minutes * 60 - RESERVE
-    torch.manual_seed(0)
+    shape = Shape(family, layers, hidden, mlp, heads, kv_heads, head_dim)
+    torch.manual_seed(seed)
     out.mkdir(parents=True, exist_ok=True)
     (out / "heldout.txt").write_text(held_out_text(400_000), "utf-8")
     texts, packages = training_text(420e6, 600 if smoke else None)
@@ -231,15 +270,15 @@ def main(
         stages.append(Batches(stage, stream, ids, weights))
     say("passkey rows ready")
 
-    model = new_model("causal_training").to(device)
+    model = new_model(shape, "causal_training").to(device)
     if init_from:
-        start = LlamaForCausalLM.from_pretrained(init_from, dtype=torch.float32)
+        start = AutoModelForCausalLM.from_pretrained(init_from, dtype=torch.float32)
         model.load_state_dict(start.state_dict())
     text = (out / "heldout.txt").read_text("utf-8")
     held_out = torch.tensor(shared["bpe"].encode(text, add_special_tokens=False).ids)
 
     def checkpoint(step: int) -> None:
-        save(model, out)
+        save(model, shape, out)
         with torch.compiler.set_stance("force_eager"):
             ppl = perplexity(model, held_out[:40_000], 1024)
             keys = [passkey_recall(model, held_out, shared["template"], n, 20) for n in LENGTHS]
@@ -254,7 +293,7 @@ def main(
         compiled=compiled,
         checkpoint=checkpoint,
     )
-    save(model, out)
+    save(model, shape, out)
     say("saved")
     machine = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
     report = {
@@ -270,6 +309,8 @@ def main(
             "tokens": len(stream),
             "packages": packages,
         },
+        "shape": asdict(shape),
+        "seed": seed,
         "parameters": sum(p.numel() for p in model.parameters()),
         "peak_learning_rate": peak,
         "stages": [vars(stage) for stage in plan],
