@@ -142,16 +142,19 @@ def decode(
     b, hq, t, d = q.shape
     hkv, slots = exact_key.shape[1], exact_key.shape[2] - 1
     rows = hq // hkv * t
+    multiprocessors, shared, major = _gpu(q.device)
     as_bytes = rows <= 4 and bits[0] == bits[1] in BYTE_WIDTHS and d <= 128
+    planes = 8 // bits[0] if as_bytes else min(PLANES, 16 // max(bits))
     apart = 2 if as_bytes else 1
     blocks = -(-rows * apart // 8)
     units = b * hkv * blocks
-    multiprocessors, shared, major = _gpu(q.device)
-    planes = 8 // bits[0] if as_bytes else min(PLANES, 16 // max(bits))
     resident = multiprocessors * _resident(shared, d, planes, *groups, as_bytes)
     steps = _steps(table.shape[1], planes, slots)
-    if not as_bytes and planes > 2 and 2 * units * steps <= resident:
-        planes, steps = 2, _steps(table.shape[1], 2, slots)  # a step each: the shorter the better
+    if 2 * units * steps <= resident:
+        # A step each: the shorter the better
+        as_bytes, apart, planes = False, 1, min(2, 16 // max(bits))
+        blocks = -(-rows // 8)
+        units, steps = b * hkv * blocks, _steps(table.shape[1], planes, slots)
     programs = min(resident, units * steps)
     # A program for each unit where sharing it would save nothing
     single = steps <= 2 or units >= 4 * programs
@@ -180,7 +183,21 @@ def decode(
             *(table, packed, exact_key, exact_value, length, query_position),
             *(parts, sums, out, lse, s_aux),
         ),
-        (scale, softcap, b, hkv, blocks, rows, t, table.shape[1], slots, sinks, *static, early, as_bytes),
+        (
+            scale,
+            softcap,
+            b,
+            hkv,
+            blocks,
+            rows,
+            t,
+            table.shape[1],
+            slots,
+            sinks,
+            *static,
+            early,
+            as_bytes,
+        ),
     )
     if not single:
         # All parts of a query at once, in one round of loads: few of them, or many.

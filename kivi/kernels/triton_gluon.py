@@ -11,33 +11,38 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from kivi.kernels.triton_gluon_bytes import attend_packed_bytes, own_query
+from kivi.kernels.triton_gluon_bytes import attend_packed_bytes, channel_numbers, own_query
 from kivi.kernels.triton_gluon_exact import attend_exact
 from kivi.kernels.triton_gluon_half import attend_packed
 from kivi.kernels.triton_gluon_steps import (
     LOG2_E,
     NOTHING,
     exact_tokens,
+    fetch_centers,
     fetch_key_groups,
     fetch_keys,
-    fetch_value_groups,
+    fetch_token_groups,
     fetch_values,
+    fetch_zeros,
     join_aux,
     lift,
     load_query,
     units,
 )
+from kivi.kernels.triton_tile_bytes import inverse_hadamard, spread, spread_row
 from kivi.kernels.triton_tile_gluon import FLAT, MMA, PLAIN, swizzled, view_as
 
 
 @gluon.jit(do_not_specialize=["B", "Hkv", "blocks", "rows", "T", "pages", "slots", "sinks"])
 def decode_kernel(
     q_ptr, kw, ks, kz, vw, vs, vz, table, packed, xk, xv, length, query_position,
-    part, part_ml, out, lse, s_aux,
+    part, part_ml, out, lse, s_aux, smooth,
     scale, softcap, B, Hkv, blocks, rows, T, pages, slots, sinks,
     D: gl.constexpr, KB: gl.constexpr, VB: gl.constexpr, KG: gl.constexpr, VG: gl.constexpr,
     K_ZERO: gl.constexpr, V_ZERO: gl.constexpr, NP: gl.constexpr,
     ROWS: gl.constexpr, SINGLE: gl.constexpr, EARLY: gl.constexpr, BYTES: gl.constexpr,
+    MAPPED: gl.constexpr, CENTER: gl.constexpr, K_BLOCK: gl.constexpr, V_BLOCK: gl.constexpr,
+    K_SMOOTH: gl.constexpr, V_SMOOTH: gl.constexpr,
 ):  # fmt: skip
     """See the module. `rows` = query heads of a kv head times T; a program takes 8 of them, or 4.
 
@@ -46,6 +51,9 @@ def decode_kernel(
     rounded up to a power of 2. SINGLE: a program for each (row, head, block) writes `out` and
     `lse`; else partial sums go to `part` and `part_ml`. EARLY: let the next kernel start to wait
     (from sm_90 on). BYTES: on 8-bit tensor cores, 4 queries a program, in every other column.
+    MAPPED (and BYTES): keys and values have a scale a token, means of CENTER tokens (0: none) in
+    place of zeros, and were rotated in blocks (1: not) and divided by `smooth [B, Hkv, n]`, first
+    the keys' (if K_SMOOTH), then the values' (if V_SMOOTH).
     """
     dtype: gl.constexpr = q_ptr.dtype.element_ty
     NG: gl.constexpr = D // VG
@@ -57,22 +65,28 @@ def decode_kernel(
     LIFT: gl.constexpr = lift(dtype)
     HEADS: gl.constexpr = gl.SliceLayout(0, MMA)
     APART: gl.constexpr = 2 if BYTES else 1  # columns a query
-    ZEROS: gl.constexpr = NG if BYTES else 8  # columns of zeros (and ones)
     if EARLY:
         gdc_launch_dependents()
     k_words = gl.allocate_shared_memory(gl.int16, [1, 32, D], swizzled(D))
     v_words = gl.allocate_shared_memory(gl.int16, [NG, 32, VG], swizzled(VG))
-    k_scale = gl.allocate_shared_memory(dtype, [GROUPS, D], FLAT)
-    k_zero = gl.allocate_shared_memory(dtype, [GROUPS, D], FLAT)
     v_scale = gl.allocate_shared_memory(dtype, [NP, 32, NG], PLAIN)
-    if NG == 1:
-        v_zero = gl.allocate_shared_memory(dtype, [NP, 32], FLAT)
+    if MAPPED:
+        # A scale a token; the centers lie where zeros would
+        centers: gl.constexpr = (STEP + CENTER - 1) // CENTER if CENTER > 0 else 1
+        k_scale = gl.allocate_shared_memory(dtype, [NP, 32], FLAT)
+        k_zero = gl.allocate_shared_memory(dtype, [centers, D], FLAT)
+        v_zero = gl.allocate_shared_memory(dtype, [centers, D], FLAT)
     else:
-        v_zero = gl.allocate_shared_memory(dtype, [NP, 32, ZEROS], PLAIN)
-        if not BYTES:
-            layout: gl.constexpr = gl.BlockedLayout([1, 8], [32, 1], [1, 1], [1, 0])
-            ones = gl.full([STEP, 8], 1.0, dtype, layout=layout)
-            view_as(v_zero, dtype, [STEP, 8], PLAIN).store(ones)
+        k_scale = gl.allocate_shared_memory(dtype, [GROUPS, D], FLAT)
+        k_zero = gl.allocate_shared_memory(dtype, [GROUPS, D], FLAT)
+        if NG == 1:
+            v_zero = gl.allocate_shared_memory(dtype, [NP, 32], FLAT)
+        else:
+            v_zero = gl.allocate_shared_memory(dtype, [NP, 32, NG if BYTES else 8], PLAIN)
+            if not BYTES:
+                layout: gl.constexpr = gl.BlockedLayout([1, 8], [32, 1], [1, 1], [1, 0])
+                ones = gl.full([STEP, 8], 1.0, dtype, layout=layout)
+                view_as(v_zero, dtype, [STEP, 8], PLAIN).store(ones)
 
     heads = Hkv * blocks
     program = gl.program_id(0)
@@ -111,33 +125,62 @@ def decode_kernel(
         next_page = gl.load(
             row_table + gl.minimum(first + 1, hi - 1) // SPP, mask=first < hi, other=0
         )
+        sub = first % SPP
+        at_page = page * Hkv + h
+        last = gl.minimum((n - first * STEP) // 32, NP) - 1
         if first < hi:
-            sub = first % SPP
-            at_page = page * Hkv + h
-            last = gl.minimum((n - first * STEP) // 32, NP) - 1
             fetch_keys(k_words.index(0), kw, at_page, sub, KB, SPK, D)
             async_copy.commit_group()
-            fetch_key_groups(k_scale, k_zero, ks, kz, at_page, sub, last, KG, NP, D)
-            async_copy.commit_group()
-            fetch_values(v_words, vw, at_page, sub, VB, SPV, NG, VG)
-            async_copy.commit_group()
-            fetch_value_groups(v_scale, v_zero, vs, vz, at_page, sub, last, NP, NG, not BYTES)
+            if MAPPED:
+                fetch_token_groups(k_scale, ks, at_page, sub, last, NP, 1)
+                fetch_centers(k_zero, kz, at_page, sub, last, CENTER, NP, D)
+            else:
+                fetch_key_groups(k_scale, k_zero, ks, kz, at_page, sub, last, KG, NP, D)
             async_copy.commit_group()
 
         q_at = ((b * Hkv + h) * rows).to(gl.int64) * D
+        if BYTES:
+            own_q = own_query(q_ptr + q_at, block, rows, D)
         q, power = load_query(q_ptr + q_at, block, rows, LIFT, APART, D)
         my_q = block * (8 // APART) + r8 // APART
         real = (my_q < rows) & (r8 % APART == 0)
         seen_to = gl.load(query_position + b * T + my_q % T).to(gl.int32)
         unit_score = scale * LOG2_E * power
+        if first < hi:
+            # Later than the keys: these are wanted sooner, and all programs begin at once.
+            fetch_values(v_words, vw, at_page, sub, VB, SPV, NG, VG)
+            async_copy.commit_group()
+            fetch_token_groups(v_scale, vs, at_page, sub, last, NP, NG)
+            if MAPPED:
+                fetch_centers(v_zero, vz, at_page, sub, last, CENTER, NP, D)
+            elif BYTES:
+                fetch_token_groups(v_zero, vz, at_page, sub, last, NP, NG)
+            else:
+                fetch_zeros(v_zero, vz, at_page, sub, last, NP, NG)
+            async_copy.commit_group()
 
         if BYTES:
-            own_q = own_query(q_ptr + q_at, block, rows, D)
+            if MAPPED:
+                factors = smooth + (b * Hkv + h) * ((K_SMOOTH + V_SMOOTH) * D)
+                if K_SMOOTH:
+                    own_q = own_q * channel_numbers(factors, D)
+                own_q = inverse_hadamard(own_q, D, K_BLOCK)
             m, mass, values = attend_packed_bytes(
-                q, own_q, scale * LOG2_E, unit_score * (1.0 / LIFT), k_words, v_words, k_scale, k_zero, v_scale, v_zero,
-                kw, ks, kz, vw, vs, vz, row_table, next_page, Hkv, h, n, first, hi, softcap,
-                D, KB, VB, KG, VG, K_ZERO, V_ZERO, NP,
+                q, own_q, scale * LOG2_E, unit_score * (1.0 / LIFT), k_words, v_words,
+                k_scale, k_zero, v_scale, v_zero, kw, ks, kz, vw, vs, vz, row_table, next_page,
+                Hkv, h, n, first, hi, softcap, D, KB, VB, KG, VG, K_ZERO, V_ZERO, NP,
+                MAPPED, CENTER,
             )  # fmt: skip
+            if MAPPED:
+                x = inverse_hadamard(values[0], D, V_BLOCK)
+                if V_SMOOTH:
+                    x = x * channel_numbers(factors + K_SMOOTH * D, D)
+                values = (x,)
+            m, mass = spread_row(m, 0.0), spread_row(mass, 0.0)
+            apart = ()
+            for g in gl.static_range(NG):
+                apart = apart + (spread(values[g], gl.zeros_like(values[g]), VG),)
+            values = apart
         else:
             m, mass, values = attend_packed(
                 q, unit_score, k_words, v_words, k_scale, k_zero, v_scale, v_zero,

@@ -1,4 +1,4 @@
-"""The Gluon kernel's part over packed tokens, on 8-bit tensor cores: at most 4 queries, 2 or 4 bits.
+"""The Gluon kernel's part over packed tokens, on 8-bit tensor cores: 4 queries, 2 or 4 bits.
 
 Half of the instructions of the 16-bit part: a register holds four codes instead of two, to be
 masked at once and multiplied at once. The query times a group's scales, and probabilities times the
@@ -13,17 +13,18 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from kivi.kernels.triton_gluon_steps import (
     NOTHING,
     cap,
+    fetch_centers,
     fetch_key_groups,
     fetch_keys,
-    fetch_value_groups,
+    fetch_token_groups,
     fetch_values,
 )
 from kivi.kernels.triton_tile_bytes import (
     BYTES_A,
     LANES,
     WHOLE_BITS,
-    bytes_of,
     across,
+    bytes_of,
     codes_of,
     fold_max,
     fold_sum,
@@ -31,13 +32,12 @@ from kivi.kernels.triton_tile_bytes import (
     half_down,
     is_any,
     largest_row,
+    mean_code,
     multiply_add,
     operand,
     row_numbers,
     rows_of_heads,
     split_groups,
-    spread,
-    spread_row,
     sum_of_rows,
     to_largest,
     whole,
@@ -61,31 +61,187 @@ def own_query(source, block, rows, D: gl.constexpr):
 
 
 @gluon.jit
+def channel_numbers(source, D: gl.constexpr):
+    """`[D]` float32 as `[D / 8, 8, 1]`."""
+    layout: gl.constexpr = rows_of_heads(D)
+    r = gl.arange(0, D // 8, layout=gl.SliceLayout(1, gl.SliceLayout(2, layout)))
+    g = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(2, layout)))
+    return gl.load(source + r[:, None] * 8 + g[None, :])[:, :, None]
+
+
+@gluon.jit
+def weigh_values(
+    acc, p, scales, top, v_words, upper, VB: gl.constexpr, VG: gl.constexpr, NP: gl.constexpr
+):
+    """`acc`, a group of channels each, with a step's values times `p` times their scales.
+
+    `top [8, 4]` is the largest of each head's `p * scales`; `upper`: which byte of the words. The
+    mean code counts as 0, and what its part would be is left to the caller, who knows it from
+    probabilities that were not rounded: the small ones among them all round to 0.
+    """
+    NG: gl.constexpr = len(acc)
+    up, down = to_largest(top)
+    operands = ()
+    for i in gl.static_range(NP):
+        x = p[i] * across(up * (1.0 / 2.0 ** (VB * i % 4)), 32)
+        for g in gl.static_range(NG):
+            operands = operands + (operand(x * scales[i][g].to(gl.float32), 32),)
+    out = ()
+    for g in gl.static_range(NG):
+        lower_half = bytes_of(v_words.index(g).permute((1, 0)).load(OPERAND_A), upper, VG, 32)
+        upper_half = half_down(lower_half)
+        x = gl.full([VG, 8], WHOLE_BITS, gl.int32, layout=MMA)
+        ones = gl.full([16, 8], WHOLE_BITS, gl.int32, layout=MMA)
+        for i in gl.static_range(NP):
+            source = lower_half if VB * i < 4 else upper_half
+            x = mma_v2(codes_of(source, VB, i % (4 // VB)), operands[i * NG + g], x)
+            one = gl.full([16, 32], 2 ** (VB * i % 4), gl.int8, layout=BYTES_A)
+            ones = mma_v2(one, operands[i * NG + g], ones)
+        mean = fold_max(whole(ones, 16)) * -mean_code(VB)
+        out = out + (acc[g] + (whole(x, VG) + across(mean, VG)) * across(down, VG),)
+    return out
+
+
+@gluon.jit
+def whole_query(x, unit, D: gl.constexpr):
+    """Queries `[D / 8, 8, 4]` as operand B of whole numbers; a score's unit; their sums `[8, 4]`."""
+    up, down = to_largest(largest_row(fold_max(gl.abs(x))))
+    qs = operand(x * across(up, D), D)
+    one = gl.full([16, D], 1, gl.int8, layout=BYTES_A)
+    return qs, down * unit, fold_max(whole_product(one, qs, 16))
+
+
+@gluon.jit
+def add_centers(acc, p, centers, D: gl.constexpr, CENTER: gl.constexpr):
+    """`acc` with the means of CENTER tokens each, times their probabilities."""
+    NP: gl.constexpr = len(p)
+    PLANES: gl.constexpr = min(CENTER // 32, NP)  # of a center in a step
+    x = acc[0]
+    for c in gl.static_range(NP // PLANES):
+        mass = fold_sum(p[c * PLANES])
+        for i in gl.static_range(1, PLANES):
+            mass += fold_sum(p[c * PLANES + i])
+        x += across(sum_of_rows(mass), D) * row_numbers(centers.index(c), D)
+    return (x,)
+
+
+@gluon.jit
+def too_large(s):
+    """The largest of each lane's scores `[8, 4]`, and whether any is far above 0."""
+    over = fold_max(s[0])
+    for i in gl.static_range(1, len(s)):
+        over = gl.maximum(over, fold_max(s[i]))
+    return over, is_any(over > 60.0)
+
+
+@gluon.jit
+def follow(over, is_first, s, shift, sums, acc):
+    """Make the scores' maximum their reference: `s`, `shift` and what was summed by it."""
+    over = gl.maximum(largest_row(over), gl.where(is_first, NOTHING, 0.0))
+    alpha = gl.exp2(gl.minimum(-over, 0.0))
+    lower = ()
+    for i in gl.static_range(len(s)):
+        lower = lower + (s[i] - across(over, 32),)
+    scaled_sums = ()
+    for i in gl.static_range(len(sums)):
+        scaled_sums = scaled_sums + (sums[i] * alpha,)
+    scaled = ()
+    for g in gl.static_range(len(acc)):
+        scaled = scaled + (acc[g] * across(alpha, 8 * acc[g].shape[0]),)
+    return lower, shift + over, scaled_sums, scaled
+
+
+@gluon.jit
+def _scores_by_channel(
+    q, own_q, q_unit, unit_score, shift, codes, k_scale, k_zero, softcap,
+    D: gl.constexpr, KB: gl.constexpr, KG: gl.constexpr, K_ZERO: gl.constexpr, NP: gl.constexpr,
+):  # fmt: skip
+    """Scores of a step's tokens, `[4, 8, 4]` for each plane, less `shift`: keys per channel."""
+    GROUPS: gl.constexpr = (32 * NP + KG - 1) // KG
+    meta = group_rows(k_zero, k_zero, GROUPS, D, q.dtype)
+    zq = mma_v2(meta, q, gl.zeros([16, 8], gl.float32, layout=MMA))
+    zq, _odd = gl.split(halves(zq)[0].reshape([8, 4, 2]))
+    zq = gl.convert_layout(zq, LANES, assert_trivial=True) * (unit_score * K_ZERO)
+    s = ()
+    for i in gl.static_range(NP):
+        if (i * 32) % KG == 0:
+            # The query times the scales, in 16 bits
+            x = own_q * row_numbers(k_scale.index(i * 32 // KG), D)
+            qs, unit, sum_of_q = whole_query(x, q_unit, D)
+            bias = row_of(zq, i * 32 // KG, GROUPS)
+            if softcap is None:
+                bias -= shift
+        x = whole_product(codes_of(codes, KB, i), qs, 32)
+        own = bias
+        if KB * (i + 1) == 8:
+            own += sum_of_q * unit * (128.0 / 2.0 ** (KB * i))
+        x = x * across(unit * (1.0 / 2.0 ** (KB * i)), 32) + across(own, 32)
+        if softcap is not None:
+            x = cap(x, softcap) - across(shift, 32)
+        s = s + (x,)
+    return s
+
+
+@gluon.jit
+def _scores_by_token(
+    own_q, q_unit, qs, unit, sum_of_q, shift, codes, k_scale, k_center, softcap,
+    D: gl.constexpr, KB: gl.constexpr, CENTER: gl.constexpr, K_ZERO: gl.constexpr,
+    NP: gl.constexpr,
+):  # fmt: skip
+    """As `_scores_by_channel`: keys per token, code K_ZERO is 0, around a mean of CENTER tokens."""
+    s = ()
+    for i in gl.static_range(NP):
+        if i == 0 or (CENTER > 0 and (i * 32) % max(CENTER, 1) == 0):
+            bias = gl.zeros([8, 4], gl.float32, layout=LANES)
+            if CENTER > 0:
+                x = own_q * row_numbers(k_center.index(i * 32 // CENTER), D)
+                bias = sum_of_rows(fold_sum(x)) * q_unit
+            if softcap is None:
+                bias -= shift
+        x = whole_product(codes_of(codes, KB, i), qs, 32)
+        own = sum_of_q * unit * -K_ZERO
+        if KB * (i + 1) == 8:
+            own += sum_of_q * unit * (128.0 / 2.0 ** (KB * i))
+        x = x * across(unit * (1.0 / 2.0 ** (KB * i)), 32) + across(own, 32)
+        x = x * row_numbers(k_scale.index(i), 32) + across(bias, 32)
+        if softcap is not None:
+            x = cap(x, softcap) - across(shift, 32)
+        s = s + (x,)
+    return s
+
+
+@gluon.jit
 def attend_packed_bytes(
     q, own_q, q_unit, unit_score, k_words, v_words, k_scale, k_zero, v_scale, v_zero,
     kw, ks, kz, vw, vs, vz, row_table, next_page, Hkv, h, n, first, hi, softcap,
     D: gl.constexpr, KB: gl.constexpr, VB: gl.constexpr, KG: gl.constexpr, VG: gl.constexpr,
     K_ZERO: gl.constexpr, V_ZERO: gl.constexpr, NP: gl.constexpr,
+    MAPPED: gl.constexpr, CENTER: gl.constexpr,
 ):  # fmt: skip
     """As `attend_packed`, with heads in columns 0, 2, 4 and 6.
 
     own_q: `[D / 8, 8, 4]`; scores are its products times q_unit, those of q times unit_score.
+    MAPPED: keys and values have a scale a token, and centers of CENTER tokens (0: none) in place of
+    zeros; K_ZERO and V_ZERO are the codes that are 0. own_q is mapped, and so are the results.
+
+    Returns:
+        The scores' maximum in log 2, and the mass, `[8, 4]` in every row; sums of values, a group
+        of channels each, `[VG / 8, 8, 4]`.
     """
-    dtype: gl.constexpr = q.dtype
+    dtype: gl.constexpr = v_scale.dtype
     NG: gl.constexpr = D // VG
     STEP: gl.constexpr = 32 * NP
-    GROUPS: gl.constexpr = (STEP + KG - 1) // KG
     SPP: gl.constexpr = 512 // STEP
     SPK: gl.constexpr = 2  # steps a tile: a byte each
-    HUGE: gl.constexpr = 2.0**60
-    CENTRE: gl.constexpr = 2.0 ** (VB - 1) - 0.5
     shift = gl.zeros([8, 4], gl.float32, layout=LANES)
-    lsum = gl.zeros([8, 4], gl.float32, layout=LANES)
-    msum = ()
+    sums = (gl.zeros([8, 4], gl.float32, layout=LANES),)  # of p; of p times middles
     acc = ()
-    for _ in gl.static_range(NG):
-        msum = msum + (gl.zeros([8, 4], gl.float32, layout=LANES),)
+    for _g in gl.static_range(NG):
+        if not MAPPED:
+            sums = sums + (gl.zeros([8, 4], gl.float32, layout=LANES),)
         acc = acc + (gl.zeros([VG // 8, 8, 4], gl.float32, layout=rows_of_heads(VG)),)
+    if MAPPED:
+        qs, unit, sum_of_q = whole_query(own_q, q_unit, D)
     for step in range(first, hi):
         last = gl.minimum((n - step * STEP) // 32, NP) - 1
         step1 = step + 1
@@ -97,138 +253,90 @@ def attend_packed_bytes(
         # Scores
         async_copy.wait_group(2)
         codes = bytes_of(k_words.index(0).load(OPERAND_A), step % SPK, 32, D)
-        meta = group_rows(k_zero, k_zero, GROUPS, D, dtype)
-        zq = mma_v2(meta, q, gl.zeros([16, 8], gl.float32, layout=MMA))
-        zq, _odd = gl.split(halves(zq)[0].reshape([8, 4, 2]))
-        zq = gl.convert_layout(zq, LANES, assert_trivial=True) * (unit_score * K_ZERO)
-        s = ()
-        for i in gl.static_range(NP):
-            if (i * 32) % KG == 0:
-                # The query times the scales, in 16 bits
-                x = own_q * row_numbers(k_scale.index(i * 32 // KG), D)
-                up, down = to_largest(largest_row(fold_max(gl.abs(x))))
-                qs = operand(x * across(up, D), D)
-                unit = down * q_unit
-                one = gl.full([16, D], 1, gl.int8, layout=BYTES_A)
-                sums = fold_max(whole_product(one, qs, 16))
-                bias = row_of(zq, i * 32 // KG, GROUPS)
-                if softcap is None:
-                    bias -= shift
-            x = whole_product(codes_of(codes, KB, i), qs, 32)
-            own = bias
-            if KB * (i + 1) == 8:
-                own += sums * unit * (128.0 / 2.0 ** (KB * i))
-            x = x * across(unit * (1.0 / 2.0 ** (KB * i)), 32) + across(own, 32)
-            if softcap is not None:
-                x = cap(x, softcap) - across(shift, 32)
-            s = s + (x,)
+        if MAPPED:
+            s = _scores_by_token(
+                own_q, q_unit, qs, unit, sum_of_q, shift, codes, k_scale, k_zero, softcap,
+                D, KB, CENTER, K_ZERO, NP,
+            )  # fmt: skip
+        else:
+            s = _scores_by_channel(
+                q, own_q, q_unit, unit_score, shift, codes, k_scale, k_zero, softcap,
+                D, KB, KG, K_ZERO, NP,
+            )  # fmt: skip
         if last < NP - 1:
             some = ()
             for i in gl.static_range(NP):
                 some = some + (s[i] + gl.where(i <= last, 0.0, float("-inf")),)
             s = some
+        over, is_far = too_large(s)
         if more & (step1 % SPK == 0):
             fetch_keys(k_words.index(0), kw, page1, sub1, KB, SPK, D)
         async_copy.commit_group()
         if more:
-            fetch_key_groups(k_scale, k_zero, ks, kz, page1, sub1, last1, KG, NP, D)
+            if MAPPED:
+                fetch_token_groups(k_scale, ks, page1, sub1, last1, NP, 1)
+                fetch_centers(k_zero, kz, page1, sub1, last1, CENTER, NP, D)
+            else:
+                fetch_key_groups(k_scale, k_zero, ks, kz, page1, sub1, last1, KG, NP, D)
         async_copy.commit_group()
+        # The reference follows the scores only where it must: nearly never.
+        if (step == first) | is_far:
+            s, shift, sums, acc = follow(over, step == first, s, shift, sums, acc)
         # Probabilities
         async_copy.wait_group(2)
-        raw_scales = ()
         groups = ()
+        middles = ()
         largest = ()
         for i in gl.static_range(NP):
-            flat = view_as(v_scale.index(i), dtype, [4, 8, NG], PLAIN3)
-            scales = flat.load(groups_of_rows(NG))
-            raw_scales = raw_scales + (scales,)
+            scales = view_as(v_scale.index(i), dtype, [4, 8, NG], PLAIN3).load(groups_of_rows(NG))
+            if not MAPPED:
+                zeros = view_as(v_zero.index(i), dtype, [4, 8, NG], PLAIN3)
+                zeros = zeros.load(groups_of_rows(NG))
+                # What the mean code stands for
+                if V_ZERO == 1.0:
+                    middle = multiply_add(scales, mean_code(VB), zeros)
+                else:
+                    middle = zeros * (V_ZERO + mean_code(VB))
+                middles = middles + (split_groups(middle, NG),)
             groups = groups + (split_groups(scales, NG),)
             top = groups[i][0]
             for g in gl.static_range(1, NG):
                 top = gl.maximum(top, groups[i][g])
             largest = largest + (top.to(gl.float32),)
         p = ()
+        top = gl.full([8, 4], 0.0, gl.float32, layout=LANES)
         for i in gl.static_range(NP):
             p = p + (gl.exp2(s[i]),)
-        top = _largest_product(p, largest)
-        # The reference follows the scores only where it must: nearly never.
-        if (step == first) | is_any(top > HUGE):
-            over = s[0]
-            for i in gl.static_range(1, NP):
-                over = gl.maximum(over, s[i])
-            over = largest_row(fold_max(over))
-            over = gl.maximum(over, gl.where(step == first, NOTHING, 0.0))
-            alpha = gl.exp2(gl.minimum(-over, 0.0))
-            shift += over
-            lsum *= alpha
-            scaled = ()
-            scaled_sums = ()
-            for g in gl.static_range(NG):
-                scaled = scaled + (acc[g] * across(alpha, VG),)
-                scaled_sums = scaled_sums + (msum[g] * alpha,)
-            acc = scaled
-            msum = scaled_sums
-            some = ()
-            for i in gl.static_range(NP):
-                some = some + (gl.exp2(s[i] - across(over, 32)),)
-            p = some
-            top = _largest_product(p, largest)
-        up, down = to_largest(top)
-        operands = ()
+            top = gl.maximum(top, fold_max(p[i] * largest[i]))
+        acc = weigh_values(acc, p, groups, largest_row(top), v_words, step % SPK, VB, VG, NP)
+        mass = sums[0]
         for i in gl.static_range(NP):
-            lsum += fold_sum(p[i])
-            zeros = view_as(v_zero.index(i), dtype, [4, 8, NG], PLAIN3).load(groups_of_rows(NG))
-            if V_ZERO == 1.0:
-                middle = multiply_add(raw_scales[i], CENTRE, zeros)
-            else:
-                middle = zeros * (V_ZERO + CENTRE)
-            middle = split_groups(middle, NG)
-            sums_of_middles = ()
+            mass += fold_sum(p[i])
+        new_sums = (mass,)
+        if MAPPED:
+            if CENTER > 0:
+                acc = add_centers(acc, p, v_zero, D, CENTER)
+        else:
             for g in gl.static_range(NG):
-                x = p[i] * middle[g].to(gl.float32)
-                sums_of_middles = sums_of_middles + (msum[g] + fold_sum(x),)
-            msum = sums_of_middles
-            x = p[i] * across(up * (1.0 / 2.0 ** (VB * i % 4)), 32)
-            for g in gl.static_range(NG):
-                operands = operands + (operand(x * groups[i][g].to(gl.float32), 32),)
-        # Values
-        scaled = ()
-        for g in gl.static_range(NG):
-            words = v_words.index(g).permute((1, 0)).load(OPERAND_A)
-            lower = bytes_of(words, step % SPK, VG, 32)
-            upper = half_down(lower)
-            x = gl.full([VG, 8], WHOLE_BITS, gl.int32, layout=MMA)
-            ones = gl.full([16, 8], WHOLE_BITS, gl.int32, layout=MMA)
-            for i in gl.static_range(NP):
-                source = lower if VB * i < 4 else upper
-                x = mma_v2(codes_of(source, VB, i % (4 // VB)), operands[i * NG + g], x)
-                one = gl.full([16, 32], 2 ** (VB * i % 4), gl.int8, layout=BYTES_A)
-                ones = mma_v2(one, operands[i * NG + g], ones)
-            # The mean code's part comes from the probabilities before they were rounded: small
-            # ones all round to 0.
-            rest = fold_max(whole(ones, 16)) * -CENTRE
-            scaled = scaled + (acc[g] + (whole(x, VG) + across(rest, VG)) * across(down, VG),)
-        acc = scaled
+                total = sums[1 + g]
+                for i in gl.static_range(NP):
+                    total += fold_sum(p[i] * middles[i][g].to(gl.float32))
+                new_sums = new_sums + (total,)
+        sums = new_sums
         if more & (step1 % SPK == 0):
             fetch_values(v_words, vw, page1, sub1, VB, SPK, NG, VG)
         async_copy.commit_group()
         if more:
-            fetch_value_groups(v_scale, v_zero, vs, vz, page1, sub1, last1, NP, NG, False)
+            fetch_token_groups(v_scale, vs, page1, sub1, last1, NP, NG)
+            if MAPPED:
+                fetch_centers(v_zero, vz, page1, sub1, last1, CENTER, NP, D)
+            else:
+                fetch_token_groups(v_zero, vz, page1, sub1, last1, NP, NG)
         async_copy.commit_group()
     async_copy.wait_group(0)
-    m = spread_row(shift + gl.where(first < hi, 0.0, NOTHING), 0.0)
-    mass = spread_row(sum_of_rows(lsum), 0.0)
-    values = ()
-    for g in gl.static_range(NG):
-        x = acc[g] + across(sum_of_rows(msum[g]), VG)
-        values = values + (spread(x, gl.zeros_like(x), VG),)
-    return m, mass, values
-
-
-@gluon.jit
-def _largest_product(p, scales):
-    """The largest of each head's probabilities times scales, `[8, 4]`."""
-    top = fold_max(p[0] * scales[0])
-    for i in gl.static_range(1, len(p)):
-        top = gl.maximum(top, fold_max(p[i] * scales[i]))
-    return largest_row(top)
+    values = acc
+    if not MAPPED:
+        values = ()
+        for g in gl.static_range(NG):
+            values = values + (acc[g] + across(sum_of_rows(sums[1 + g]), VG),)
+    return shift + gl.where(first < hi, 0.0, NOTHING), sum_of_rows(sums[0]), values

@@ -16,8 +16,9 @@ from kivi.kernels.triton_gluon_steps import (
     column,
     fetch_key_groups,
     fetch_keys,
-    fetch_value_groups,
+    fetch_token_groups,
     fetch_values,
+    fetch_zeros,
     headroom,
     lift,
     rescale,
@@ -205,7 +206,8 @@ def attend_packed(
                 fetch_values(v_words, vw, page1, sub1, VB, SPV, NG, VG)
             async_copy.commit_group()
             if more:
-                fetch_value_groups(v_scale, v_zero, vs, vz, page1, sub1, last1, NP, NG, True)
+                fetch_token_groups(v_scale, vs, page1, sub1, last1, NP, NG)
+                fetch_zeros(v_zero, vz, page1, sub1, last1, NP, NG)
             async_copy.commit_group()
     async_copy.wait_group(0)
     # From here on in units of values

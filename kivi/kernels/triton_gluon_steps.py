@@ -99,33 +99,43 @@ def fetch_key_groups(
 
 
 @gluon.jit
-def fetch_value_groups(
-    scales,
-    zeros,
-    vs,
-    vz,
-    unit,
-    sub,
-    last,
-    NP: gl.constexpr,
-    NG: gl.constexpr,
-    ONES: gl.constexpr,
-):
-    """Scales and zeros of the step's tokens; ONES: zeros come beside a column of ones."""
+def fetch_token_groups(target, source, unit, sub, last, NP: gl.constexpr, NG: gl.constexpr):
+    """Scales, or zeros, of a step's tokens, `[NP, 32, NG]`."""
     first = (unit * 512 + sub * (NP * 32)) * NG
-    flat = view_as(scales, scales.dtype, [NP, 32 * NG], PLAIN)
-    copy_groups(flat, vs + first, NP, 32 * NG, last)
-    if ONES and NG > 1:
-        copy_zeros(zeros, vz + first, NP * 32, NG, last)
-    else:
-        flat = view_as(zeros, zeros.dtype, [NP, 32 * NG], PLAIN)
-        copy_groups(flat, vz + first, NP, 32 * NG, last)
+    flat = view_as(target, target.dtype, [NP, 32 * NG], PLAIN)
+    copy_groups(flat, source + first, NP, 32 * NG, last)
 
 
 @gluon.jit
-def load_query(
-    source, block, rows, LIFT: gl.constexpr, APART: gl.constexpr, D: gl.constexpr
+def fetch_zeros(target, source, unit, sub, last, NP: gl.constexpr, NG: gl.constexpr):
+    """Zeros of a step's tokens, beside a column of ones if there are several a token."""
+    if NG == 1:
+        fetch_token_groups(target, source, unit, sub, last, NP, NG)
+    else:
+        copy_zeros(target, source + (unit * 512 + sub * (NP * 32)) * NG, NP * 32, NG, last)
+
+
+@gluon.jit
+def fetch_centers(
+    target,
+    source,
+    unit,
+    sub,
+    last,
+    CENTER: gl.constexpr,
+    NP: gl.constexpr,
+    D: gl.constexpr,
 ):
+    """Means of CENTER tokens each (0: there are none) of a step's tokens."""
+    if CENTER > 0:
+        count: gl.constexpr = (NP * 32 + CENTER - 1) // CENTER
+        first = (unit * (512 // CENTER) + sub * (NP * 32) // CENTER) * D
+        rows = view_as(target, target.dtype, [count, D], PLAIN)
+        copy_groups(rows, source + first, count, D, last * 32 // CENTER)
+
+
+@gluon.jit
+def load_query(source, block, rows, LIFT: gl.constexpr, APART: gl.constexpr, D: gl.constexpr):
     """8 queries as operand B `[D, 8]`, times LIFT over a power of 2; and that power.
 
     With APART = 2 they are 4, and 0 between them.

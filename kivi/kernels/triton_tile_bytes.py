@@ -70,6 +70,12 @@ def word_pairs(rows, columns):
 
 
 @gluon.constexpr_function
+def mean_code(bits):
+    """Halfway between the least and the largest code."""
+    return 2.0 ** (bits - 1) - 0.5
+
+
+@gluon.constexpr_function
 def pair_bits(x, dtype):
     """The bits of a number of few digits, from 1 on, twice, as 16-bit floats."""
     exponent = 0
@@ -284,3 +290,27 @@ def spread_row(x, other):
     """`[8, 4]` of equal rows as a row `[8]` of a result: heads, `other` between them."""
     y = gl.max(gl.join(x, gl.full_like(x, other)).reshape([8, 8]), 0)
     return gl.convert_layout(y, gl.SliceLayout(0, MMA), assert_trivial=True)
+
+
+@gluon.constexpr_function
+def inverse_scale(block):
+    """What the inverse Walsh-Hadamard map of blocks is scaled by."""
+    return 2.0 ** -(block.bit_length() // 2)
+
+
+@gluon.jit
+def inverse_hadamard(x, D: gl.constexpr, BLOCK: gl.constexpr):
+    """`kivi.transforms.inverse_hadamard` over the rows of `[D / 8, 8, 4]`."""
+    layout: gl.constexpr = rows_of_heads(D)
+    g = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(2, layout)))
+    for k in gl.static_range(3):
+        if 2**k < BLOCK:
+            sign = gl.where((g // 2**k) % 2 == 0, 1.0, -1.0)
+            x = x * sign[None, :, None] + exchanged(x, 4 * 2**k)
+    for k in gl.static_range(3, 9):
+        if 2**k < BLOCK:
+            y = gl.permute(x.reshape([D // (2 * 2**k), 2, 2 ** (k - 3), 8, 4]), (0, 2, 3, 4, 1))
+            low, high = gl.split(y)
+            y = gl.permute(gl.join(low + high, low - high), (0, 4, 1, 2, 3))
+            x = gl.convert_layout(y.reshape([D // 8, 8, 4]), layout, assert_trivial=True)
+    return x * inverse_scale(BLOCK)
