@@ -7,6 +7,8 @@ for packed tokens that were mapped (rotated, smoothed) or centered before they w
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from kivi.grids import symmetric_offset
 from kivi.kernels import triton_fast
+from kivi.kernels.triton_direct import direct
 from kivi.kernels.triton_formats import flat, is_plain
 from kivi.kernels.triton_mapped import mapped_attention
 from kivi.kernels.triton_portable import INTERPRETED, portable
@@ -46,43 +49,24 @@ def _decode_attention(
     sliding_window: int | None,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    hkv, dv = exact_value.shape[1], exact_value.shape[3]
     if q.stride(3) != 1:
         q = q.contiguous()
-    rows = q.shape[1] // hkv * q.shape[2]
+    key, value = (key_words, key_scale, key_zero), (value_words, value_scale, value_zero)
+    state = (table, packed, exact_key, exact_value, length, query_position)
     formats = (key_bits, key_channel, key_group), (value_bits, value_channel, value_group)
-    if triton_fast.serves(q, dv, rows, *formats, sliding_window):
-        assert key_scale is not None and value_scale is not None
-        with torch.cuda.device(q.device):
-            return triton_fast.decode(
-                q,
-                (key_words, key_scale, key_zero),
-                (value_words, value_scale, value_zero),
-                table,
-                packed,
-                exact_key,
-                exact_value,
-                length,
-                query_position,
-                s_aux,
-                (key_bits, value_bits),
-                (key_group, value_group),
-                sinks,
-                scale,
-                softcap,
-            )
+    options = (sinks, scale, sliding_window, softcap)
+    out = triton_fast.decode(q, key, value, state, s_aux, formats, *options)
+    if out is not None:
+        return out
     return portable(
         q,
         q,
-        (key_words, key_scale, key_zero, None),
-        (value_words, value_scale, value_zero, None),
-        (table, packed, exact_key, exact_value, length, query_position, s_aux),
+        (*key, None),
+        (*value, None),
+        (*state, s_aux),
         formats,
         (symmetric_offset(key_bits or 1), symmetric_offset(value_bits or 1)),
-        sinks,
-        scale,
-        sliding_window,
-        softcap,
+        *options,
     )
 
 
@@ -109,6 +93,18 @@ _library.impl("decode_attention", _decode_attention, "CUDA")
 if INTERPRETED:
     _library.impl("decode_attention", _decode_attention, "CPU")
 torch.library.register_fake("kivi::decode_attention", _fake, lib=_library)
+
+
+def _formats(
+    spec: KVSpec, head_dim: int, value_head_dim: int
+) -> tuple[int, bool, int, int, bool, int] | None:
+    """Of keys, then of values, what `flat` says; None if the kernels here do not take them."""
+    if is_plain(spec.key) and is_plain(spec.value):
+        return (*flat(spec.key, head_dim), *flat(spec.value, value_head_dim))
+    return None
+
+
+_known_formats = lru_cache(1024)(_formats)
 
 
 def decode_attention(
@@ -138,25 +134,26 @@ def decode_attention(
     Returns:
         out `[B, Hq, T, Dv]` in q's dtype; log-sum-exp `[B, Hq, T]` float32.
     """
-    if not (is_plain(spec.key) and is_plain(spec.value)):
+    call: Callable[..., Any] = torch.ops.kivi.decode_attention
+    of_spec: Callable[..., Any] = _formats  # compilers complain of a cache in the way
+    if direct(q, s_aux, cpu=INTERPRETED):
+        call, of_spec = _decode_attention, _known_formats
+    formats = of_spec(spec, q.shape[3], view.exact_value.shape[3])
+    if formats is None:
         options = (scale, sliding_window, softcap)
         return mapped_attention(q, view, spec, query_position, s_aux, *options)
-    out: tuple[Tensor, Tensor] = torch.ops.kivi.decode_attention(
+    out: tuple[Tensor, Tensor] = call(
         q,
         *view.key[:3],
         *view.value[:3],
-        view.table,
-        view.packed,
-        view.exact_key,
-        view.exact_value,
-        view.length,
+        *view[2:7],
         query_position,
         s_aux,
-        *flat(spec.key, q.shape[3]),
-        *flat(spec.value, view.exact_value.shape[3]),
+        *formats,
         spec.sink_length,
-        scale,
+        # As the operator takes them: Triton compiles anew for numbers of other types.
+        float(scale),
         sliding_window,
-        softcap,
+        None if softcap is None else float(softcap),
     )
     return out

@@ -1,0 +1,96 @@
+"""Short ways from Python to a kernel: past the dispatcher, past Triton's binder."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import (
+    _get_tracing_state,
+    _is_torch_function_mode_enabled,
+    _len_torch_dispatch_stack,
+)
+from torch._C._functorch import peek_interpreter_stack
+from triton import knobs
+from triton.runtime.driver import driver
+
+_HERE = nullcontext()
+
+
+def direct(*tensors: Tensor | None, cpu: bool = False) -> bool:
+    """Whether an operator's kernels may be launched without the dispatcher, as nobody looks on.
+
+    It takes longer than a short kernel. Compilers, fake tensors, modes, transforms and gradients
+    are told of the operator, which is what they know.
+
+    Args:
+        tensors: those of the operator's that a caller hands in.
+        cpu: serve tensors on the CPU as well.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or _len_torch_dispatch_stack()
+        or _is_torch_function_mode_enabled()
+        or peek_interpreter_stack() is not None
+        or _get_tracing_state() is not None
+    ):
+        return False
+    for x in tensors:
+        if x is None:
+            continue
+        if type(x) is not Tensor or not (x.is_cuda or (cpu and x.is_cpu)):
+            return False
+        if x.requires_grad and torch.is_grad_enabled():
+            return False
+    return True
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes a GPU the current one; entering `torch.cuda.device` takes a while even if it is."""
+    return (
+        _HERE if driver.active.get_current_device() == device.index else torch.cuda.device(device)
+    )
+
+
+def stream(device: torch.device) -> int:
+    """The current stream of a GPU, as `Launch` takes it."""
+    return int(driver.active.get_current_stream(device.index))
+
+
+def _hooked() -> bool:
+    """Whether a profiler wants to hear of launches. Chains of hooks are always there."""
+    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+
+
+class Launch:
+    """A launch that is made again: by the compiled kernel, which has been told what does not vary.
+
+    Args:
+        kernel: the jitted function.
+        grid: programs.
+        fixed: its last arguments.
+        options: of the launch.
+    """
+
+    def __init__(
+        self, kernel: Any, grid: tuple[int, int, int], fixed: tuple[Any, ...], **options: Any
+    ) -> None:
+        self.kernel, self.grid, self.fixed, self.options = kernel, grid, fixed, options
+        self.compiled: Any = None
+
+    def first(self, *arguments: Any) -> None:
+        """Launch through Triton's binder, which compiles; tensors as tensors."""
+        self.compiled = self.kernel[self.grid](*arguments, *self.fixed, **self.options)
+
+    def again(self, stream: int, *arguments: Any) -> None:
+        """Launch what `first` compiled; tensors as addresses, aligned as they were then."""
+        compiled = self.compiled
+        if _hooked():
+            compiled[self.grid](*arguments, *self.fixed, stream=stream)
+            return
+        # As triton.JITFunction.run does: metadata and hooks are only for who listens.
+        code = (compiled.function, compiled.packed_metadata, None, None, None)
+        compiled.run(*self.grid, stream, *code, *arguments, *self.fixed)
