@@ -132,7 +132,7 @@ def tracing() -> bool:
     """Whether this call becomes a graph, in which the host can neither count nor check."""
     if torch.compiler.is_compiling():
         return True
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def check_token_ids(name: str, x: Tensor) -> None:

@@ -40,6 +40,7 @@ class Columns:
 
     def __init__(self, cache: LayerCache, window: int | None, shared: Shared) -> None:
         self.cache, self.window, self.shared = cache, window, shared
+        cache.steps = shared.steps
         self.seen: int | Tensor = 0
         if cache.max_length is not None:
             with torch.inference_mode(False):  # it counts on after that mode
