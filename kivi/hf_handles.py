@@ -50,6 +50,7 @@ class Columns:
         # First column and `valid [B, T]` of the forwards that held padding.
         self.padding: list[tuple[int, Tensor]] = []
         self.packed_calls = self.dense_calls = 0
+        self._stand_in: Tensor | None = None
 
     def handles(self, k: Tensor, v: Tensor) -> tuple[CachedStates, CachedStates]:
         """Handles of all keys and values, the new ones `[B, Hkv, T, D]` included.
@@ -62,8 +63,19 @@ class Columns:
                 f"input of {k.shape[0]} rows is not allowed; this cache has {self.cache.batch_size}"
             )
         update = Update(self, k.to(self.cache.dtype), v.to(self.cache.dtype))
-        total = self.total(k.shape[2])
-        return CachedStates.of(update, total, False), CachedStates.of(update, total, True)
+        b, heads, t, d = update.k.shape
+        one = update.k.new_empty(()) if tracing() else self.stand_in()
+        key = value = one.expand(b, heads, self.total(t), d)
+        if v.shape[3] != d:
+            value = one.expand(b, heads, self.total(t), v.shape[3])
+        return CachedStates.of(update, key, False), CachedStates.of(update, value, True)
+
+    def stand_in(self) -> Tensor:
+        """The one element of the handles of all eager steps: even an empty tensor takes a while."""
+        if self._stand_in is None:
+            with torch.inference_mode(False):  # it outlives that mode
+                self._stand_in = torch.empty((), dtype=self.cache.dtype, device=self.cache.device)
+        return self._stand_in
 
     def total(self, t: int) -> int:
         """Columns that a mask has for t new ones."""
@@ -263,11 +275,9 @@ class CachedStates(torch.Tensor):
     is_value: bool
 
     @classmethod
-    def of(cls, update: Update, columns: int, is_value: bool) -> CachedStates:
-        """The handle of an update over so many columns."""
-        new = update.v if is_value else update.k
-        shape = (*new.shape[:2], columns, new.shape[3])
-        handle = new.new_empty(()).expand(shape).as_subclass(cls)
+    def of(cls, update: Update, shape: Tensor, is_value: bool) -> CachedStates:
+        """The handle of an update, in the shape of a tensor without memory of its own."""
+        handle = shape.as_subclass(cls)
         handle.update, handle.is_value = update, is_value
         return handle
 
