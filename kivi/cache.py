@@ -189,7 +189,7 @@ class LayerCache:
         if t <= steps.SLACK:
             store.write_new(view, self.spec, k, v, step)
         if t <= steps.SLACK and mask is None:
-            view = view._replace(length=step.length)
+            view = self._view(step.length)
             out, _ = self._ops.decode_attention(q, view, self.spec, query, scale, *options)
         else:
             past = None if self._is_empty() else view
@@ -299,9 +299,9 @@ class LayerCache:
     def _is_empty(self) -> bool:
         return not checks.tracing() and not any(self._mirror()[0])
 
-    def _view(self) -> CacheView:
-        rows = (self._exact_key, self._exact_value, self._length, self._smooth)
-        pool = self._pages.pool
+    def _view(self, length: Tensor | None = None) -> CacheView:
+        pool, length = self._pages.pool, self._length if length is None else length
+        rows = (self._exact_key, self._exact_value, length, self._smooth)
         return CacheView(pool.key, pool.value, self._table, self._packed, *rows)
 
     @torch.inference_mode(False)
@@ -338,11 +338,12 @@ class LayerCache:
         self, k: Tensor, v: Tensor, valid: Tensor | None, step: Step, host: Counts | None
     ) -> None:
         """Store the columns; the counters, which make them count, change last."""
-        fresh = valid is None and self._is_empty()
         if host is not None and self._pages.rounds:  # should packing fail, this much is gone
             self._pages.lost = self._pages.forgotten(host[1])
-        ring = self._pages.ring if self._pages.rounds else None
-        store.store(self._view(), self.spec, k, v, step, fresh, self._ops.quantize_pack, ring)
+        if step.units or k.shape[2] > steps.SLACK:
+            fresh = valid is None and self._is_empty()
+            ring = self._pages.ring if self._pages.rounds else None
+            store.store(self._view(), self.spec, k, v, step, fresh, self._ops.quantize_pack, ring)
         self._count(step.length, step.packed if step.units else None)
         self._host = host
         if host is None and not torch.compiler.is_compiling():

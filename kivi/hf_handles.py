@@ -29,6 +29,14 @@ _METADATA = [getattr(Tensor, name).__get__ for name in (*_PROPERTIES, "is_meta",
 ]
 
 
+_NOTHING = nullcontext()
+
+
+def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """In a dtype. Asking torch to do nothing takes a while."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 class Columns:
     """A LayerCache as transformers sees it: in columns, padding included.
 
@@ -62,7 +70,7 @@ class Columns:
             raise ValueError(
                 f"input of {k.shape[0]} rows is not allowed; this cache has {self.cache.batch_size}"
             )
-        update = Update(self, k.to(self.cache.dtype), v.to(self.cache.dtype))
+        update = Update(self, _as(k, self.cache.dtype), _as(v, self.cache.dtype))
         b, heads, t, d = update.k.shape
         one = update.k.new_empty(()) if tracing() else self.stand_in()
         key = value = one.expand(b, heads, self.total(t), d)
@@ -200,9 +208,9 @@ class Update:
             return None
         kind = q.device.type
         autocast = torch.is_autocast_enabled(kind)
-        with torch.autocast(kind, enabled=False) if autocast else nullcontext():
+        with torch.autocast(kind, enabled=False) if autocast else _NOTHING:
             out = columns.cache.decode(
-                q.to(self.k.dtype),
+                _as(q, self.k.dtype),
                 self.k,
                 self.v,
                 scale,
@@ -211,7 +219,8 @@ class Update:
                 sliding_window=window,
                 softcap=softcap,
                 s_aux=s_aux,
-            ).to(q.dtype)
+            )
+        out = _as(out, q.dtype)
         self.stored = True
         if tracing():
             columns.advance(t)
