@@ -94,8 +94,8 @@ def test_the_short_way_gives_what_the_operator_gives() -> None:
 
 def test_numbers_are_those_that_the_operator_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[tuple[Any, ...]] = []
-    real = triton_decode._decode_attention
-    monkeypatch.setattr(triton_decode, "_decode_attention", lambda *a: given.append(a) or real(*a))
+    real = triton_decode._attend
+    monkeypatch.setattr(triton_decode, "_attend", lambda *a: given.append(a) or real(*a))
     layer, q, position = state()
     decode_attention(q, layer._view(), KIVI, position, 1, None, 3)
     assert [type(x) for x in given[0][-3:]] == [float, type(None), float]
@@ -228,3 +228,25 @@ def test_what_compiled_nothing_is_launched_anew(
     for n in (1, 2):
         decode_attention(q, layer._view(), KIVI, position, 0.2)
         assert len(calls) == n and isinstance(calls[-1][0], Tensor)
+
+
+def test_the_launcher_of_triton_3_6_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it would call gets the arguments that it would pass, unless there is scratch memory."""
+
+    class CudaLauncher:
+        global_scratch_size = profile_scratch_size = 0
+        launch_cooperative_grid, launch_pdl = False, True
+        launch = staticmethod(lambda *_: None)
+
+    compiled = Compiled("k", [])
+    compiled.run = CudaLauncher()
+    monkeypatch.setattr(triton_direct.triton, "__version__", "3.6.0")
+    call, code = triton_direct._launcher(compiled)
+    assert call is CudaLauncher.launch
+    assert code == (7, False, True, None, None, (1, 1, 0), None, None, None)
+    rest = (compiled.run, (7, (1, 1, 0), None, None, None))
+    monkeypatch.setattr(CudaLauncher, "profile_scratch_size", 16)
+    assert triton_direct._launcher(compiled) == rest
+    monkeypatch.setattr(CudaLauncher, "profile_scratch_size", 0)
+    monkeypatch.setattr(triton_direct.triton, "__version__", "3.7.0")
+    assert triton_direct._launcher(compiled) == rest

@@ -7,7 +7,6 @@ for packed tokens that were mapped (rotated, smoothed) or centered before they w
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -17,10 +16,40 @@ from torch import Tensor
 from kivi.grids import symmetric_offset
 from kivi.kernels import triton_fast
 from kivi.kernels.triton_direct import direct
-from kivi.kernels.triton_formats import flat, is_plain
+from kivi.kernels.triton_formats import Formats, flat, is_plain
 from kivi.kernels.triton_mapped import mapped_attention
 from kivi.kernels.triton_portable import INTERPRETED, portable
 from kivi.spec import KVSpec
+
+
+def _attend(
+    q: Tensor,
+    key: tuple[Tensor, Tensor | None, Tensor | None],
+    value: tuple[Tensor, Tensor | None, Tensor | None],
+    state: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor],
+    s_aux: Tensor | None,
+    formats: Formats,
+    sinks: int,
+    scale: float,
+    sliding_window: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    if q.stride(3) != 1:
+        q = q.contiguous()
+    options = (sinks, scale, sliding_window, softcap)
+    out = triton_fast.decode(q, key, value, state, s_aux, formats, *options)
+    if out is not None:
+        return out
+    return portable(
+        q,
+        q,
+        (*key, None),
+        (*value, None),
+        (*state, s_aux),
+        formats,
+        (symmetric_offset(formats[0][0] or 1), symmetric_offset(formats[1][0] or 1)),
+        *options,
+    )
 
 
 def _decode_attention(
@@ -49,24 +78,17 @@ def _decode_attention(
     sliding_window: int | None,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    if q.stride(3) != 1:
-        q = q.contiguous()
-    key, value = (key_words, key_scale, key_zero), (value_words, value_scale, value_zero)
-    state = (table, packed, exact_key, exact_value, length, query_position)
-    formats = (key_bits, key_channel, key_group), (value_bits, value_channel, value_group)
-    options = (sinks, scale, sliding_window, softcap)
-    out = triton_fast.decode(q, key, value, state, s_aux, formats, *options)
-    if out is not None:
-        return out
-    return portable(
+    return _attend(
         q,
-        q,
-        (*key, None),
-        (*value, None),
-        (*state, s_aux),
-        formats,
-        (symmetric_offset(key_bits or 1), symmetric_offset(value_bits or 1)),
-        *options,
+        (key_words, key_scale, key_zero),
+        (value_words, value_scale, value_zero),
+        (table, packed, exact_key, exact_value, length, query_position),
+        s_aux,
+        ((key_bits, key_channel, key_group), (value_bits, value_channel, value_group)),
+        sinks,
+        scale,
+        sliding_window,
+        softcap,
     )
 
 
@@ -95,12 +117,10 @@ if INTERPRETED:
 torch.library.register_fake("kivi::decode_attention", _fake, lib=_library)
 
 
-def _formats(
-    spec: KVSpec, head_dim: int, value_head_dim: int
-) -> tuple[int, bool, int, int, bool, int] | None:
+def _formats(spec: KVSpec, head_dim: int, value_head_dim: int) -> Formats | None:
     """Of keys, then of values, what `flat` says; None if the kernels here do not take them."""
     if is_plain(spec.key) and is_plain(spec.value):
-        return (*flat(spec.key, head_dim), *flat(spec.value, value_head_dim))
+        return flat(spec.key, head_dim), flat(spec.value, value_head_dim)
     return None
 
 
@@ -134,26 +154,20 @@ def decode_attention(
     Returns:
         out `[B, Hq, T, Dv]` in q's dtype; log-sum-exp `[B, Hq, T]` float32.
     """
-    call: Callable[..., Any] = torch.ops.kivi.decode_attention
-    of_spec: Callable[..., Any] = _formats  # compilers complain of a cache in the way
-    if direct(q, s_aux, cpu=INTERPRETED):
-        call, of_spec = _decode_attention, _known_formats
+    short = direct(q, s_aux, cpu=INTERPRETED)
+    of_spec = _known_formats if short else _formats  # compilers complain of a cache in the way
     formats = of_spec(spec, q.shape[3], view.exact_value.shape[3])
     if formats is None:
-        options = (scale, sliding_window, softcap)
-        return mapped_attention(q, view, spec, query_position, s_aux, *options)
-    out: tuple[Tensor, Tensor] = call(
-        q,
-        *view.key[:3],
-        *view.value[:3],
-        *view[2:7],
-        query_position,
-        s_aux,
-        *formats,
-        spec.sink_length,
-        # As the operator takes them: Triton compiles anew for numbers of other types.
-        float(scale),
-        sliding_window,
-        None if softcap is None else float(softcap),
+        return mapped_attention(
+            q, view, spec, query_position, s_aux, scale, sliding_window, softcap
+        )
+    key, value, state = view.key[:3], view.value[:3], (*view[2:7], query_position)
+    # As the operator takes them: Triton compiles anew for numbers of other types.
+    scale, softcap = float(scale), None if softcap is None else float(softcap)
+    options = (spec.sink_length, scale, sliding_window, softcap)
+    if short:
+        return _attend(q, key, value, state, s_aux, formats, *options)
+    out: tuple[Tensor, Tensor] = torch.ops.kivi.decode_attention(
+        q, *key, *value, *state, s_aux, *formats[0], *formats[1], *options
     )
     return out

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 from torch._C import (
     _get_tracing_state,
@@ -80,17 +82,35 @@ class Launch:
     ) -> None:
         self.kernel, self.grid, self.fixed, self.options = kernel, grid, fixed, options
         self.compiled: Any = None
+        self._launch: Callable[..., Any] | None = None
+        self._code: tuple[Any, ...] = ()
 
     def first(self, *arguments: Any) -> None:
         """Launch through Triton's binder, which compiles; tensors as tensors."""
         self.compiled = self.kernel[self.grid](*arguments, *self.fixed, **self.options)
+        self._launch = None
 
     def again(self, stream: int, *arguments: Any) -> None:
         """Launch what `first` compiled; tensors as addresses, aligned as they were then."""
-        compiled = self.compiled
         if _hooked():
-            compiled[self.grid](*arguments, *self.fixed, stream=stream)
+            self.compiled[self.grid](*arguments, *self.fixed, stream=stream)
             return
-        # As triton.JITFunction.run does: metadata and hooks are only for who listens.
-        code = (compiled.function, compiled.packed_metadata, None, None, None)
-        compiled.run(*self.grid, stream, *code, *arguments, *self.fixed)
+        if self._launch is None:
+            self._launch, self._code = _launcher(self.compiled)
+        self._launch(*self.grid, stream, *self._code, *arguments, *self.fixed)
+
+
+def _launcher(compiled: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """What launches a compiled kernel, and its arguments between the stream and the kernel's.
+
+    As triton.JITFunction.run calls it, but for metadata and hooks, which are for who listens. In
+    Triton 3.6 that calls a function in C after a look at scratch memory.
+    """
+    code, unheard = (compiled.function,), (compiled.packed_metadata, None, None, None)
+    run = compiled.run
+    sizes = [getattr(run, f"{kind}_scratch_size", None) for kind in ("global", "profile")]
+    known = triton.__version__.startswith("3.6.") and type(run).__name__ == "CudaLauncher"
+    if known and sizes == [0, 0]:
+        how = (run.launch_cooperative_grid, run.launch_pdl, None, None)
+        return run.launch, (*code, *how, *unheard)
+    return run, (*code, *unheard)

@@ -11,6 +11,7 @@ from torch import Tensor
 from kivi.grids import symmetric_offset
 from kivi.kernels.triton_combine import combine_kernel
 from kivi.kernels.triton_direct import Launch, on_device, stream
+from kivi.kernels.triton_formats import Formats
 from kivi.kernels.triton_gluon import decode_kernel
 from kivi.spec import PAGE_TOKENS, TILE_ROWS
 
@@ -94,7 +95,7 @@ def _plan(
     shape: tuple[int, ...],
     exact: tuple[int, ...],
     columns: int,
-    formats: tuple[tuple[int, bool, int], tuple[int, bool, int]],
+    formats: Formats,
     zeros: tuple[bool, bool],
     sinks: int,
     kind: tuple[bool, torch.dtype | None],
@@ -164,7 +165,7 @@ def decode(
     value: tuple[Tensor, Tensor | None, Tensor | None],
     state: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor],
     s_aux: Tensor | None,
-    formats: tuple[tuple[int, bool, int], tuple[int, bool, int]],
+    formats: Formats,
     sinks: int,
     scale: float,
     sliding_window: int | None,
