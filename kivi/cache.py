@@ -135,7 +135,7 @@ class LayerCache:
         if k.shape[2]:
             step, host = self._step(k.shape[2], valid)
             if k.shape[2] <= steps.SLACK:
-                store.write_new(self._view(), self.spec, k, v, step)
+                store.write_new(self._view(), k, v, step)
             self._store(k, v, valid, step, host)
 
     @torch.no_grad()
@@ -187,7 +187,7 @@ class LayerCache:
         options = (steps.needed(sliding_window, host, self.max_length), softcap, s_aux)
         view = self._view()
         if t <= steps.SLACK:
-            store.write_new(view, self.spec, k, v, step)
+            store.write_new(view, k, v, step)
         if t <= steps.SLACK and mask is None:
             view = self._view(step.length)
             out, _ = self._ops.decode_attention(q, view, self.spec, query, scale, *options)

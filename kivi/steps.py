@@ -24,16 +24,17 @@ class Step(NamedTuple):
     """What storing T columns does to the counters; computed before anything changes.
 
     `position [B, T]` of each column in its row, -1 for padding; `length [B]` and `packed [B]`
-    afterwards; `units`: at most so many units leave the window of a row. `slot`: where the host
-    knows that the columns of all rows go into the exact slots from there on. Tensors may be views
-    of the counters, and shared by layers: none is written.
+    afterwards; `units`: at most so many units leave the window of a row. `place` of up to SLACK
+    columns: the exact slot of the first one, if the host knows that those of all rows lie there
+    side by side; else rows `[B, 1]` and slots `[B, T]`. Tensors may be views of the counters, and
+    shared by layers: none is written.
     """
 
     position: Tensor
     length: Tensor
     packed: Tensor
     units: int
-    slot: int | None = None
+    place: int | tuple[Tensor, Tensor] | None
 
 
 def ring_slots(spec: KVSpec) -> int:
@@ -49,6 +50,11 @@ def slots(spec: KVSpec, position: Tensor) -> Tensor:
     else:
         slot = position % ring
     return slot.masked_fill(position < 0, sinks + ring)
+
+
+def rows(x: Tensor) -> Tensor:
+    """The numbers of the rows of x `[B, ...]`, `[B, 1]`."""
+    return torch.arange(x.shape[0], device=x.device)[:, None]
 
 
 def common_slot(spec: KVSpec, lengths: list[int], t: int) -> int | None:
@@ -82,12 +88,16 @@ def plan(
     else:
         position = torch.where(valid, view.length[:, None] + valid.cumsum(1) - 1, -1)
         length = view.length + valid.sum(1)
-    slot = None if lengths is None or t > SLACK else common_slot(spec, lengths, t)
+    place: int | tuple[Tensor, Tensor] | None = None
+    if t <= SLACK:
+        place = None if lengths is None else common_slot(spec, lengths, t)
+        if place is None:
+            place = rows(position), slots(spec, position)
     if not units:
-        return Step(position, length, view.packed, 0, slot)
+        return Step(position, length, view.packed, 0, place)
     window = length - view.packed - (spec.sink_length + spec.residual_length)
     leaving = window.clamp_min(0) // spec.unit * spec.unit
-    return Step(position, length, view.packed + leaving, units, slot)
+    return Step(position, length, view.packed + leaving, units, place)
 
 
 def plan_on_host(

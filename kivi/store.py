@@ -11,7 +11,7 @@ from kivi.kernels.reference import exact_positions, gather_pages, smooth_factors
 from kivi.packing import units_per_tile
 from kivi.smoothing import smoothed
 from kivi.spec import PAGE_TOKENS, KVSpec, QuantSpec
-from kivi.steps import SLACK, Step, ring_slots, slots
+from kivi.steps import SLACK, Step, ring_slots, rows, slots
 from kivi.view import CacheView
 
 
@@ -22,19 +22,22 @@ def tensors(view: CacheView) -> list[Tensor]:
 
 def write_exact(view: CacheView, spec: KVSpec, k: Tensor, v: Tensor, position: Tensor) -> None:
     """Put columns `[B, Hkv, T, D]` into the exact slots of their positions `[B, T]`."""
-    row = torch.arange(k.shape[0], device=k.device)[:, None]
-    slot = slots(spec, position)
-    view.exact_key[row, :, slot] = k.transpose(1, 2)
-    view.exact_value[row, :, slot] = v.transpose(1, 2)
+    _write(view, k, v, (rows(position), slots(spec, position)))
 
 
-def write_new(view: CacheView, spec: KVSpec, k: Tensor, v: Tensor, step: Step) -> None:
+def write_new(view: CacheView, k: Tensor, v: Tensor, step: Step) -> None:
     """Put up to SLACK new columns `[B, Hkv, T, D]` into their exact slots."""
-    if step.slot is None:
-        write_exact(view, spec, k, v, step.position)
-        return
+    assert step.place is not None
+    _write(view, k, v, step.place)
+
+
+def _write(view: CacheView, k: Tensor, v: Tensor, place: int | tuple[Tensor, Tensor]) -> None:
     for exact, new in ((view.exact_key, k), (view.exact_value, v)):
-        exact.narrow(2, step.slot, new.shape[2]).copy_(new)
+        if isinstance(place, int):
+            exact.narrow(2, place, new.shape[2]).copy_(new)
+        else:
+            row, slot = place
+            exact[row, :, slot] = new.transpose(1, 2)
 
 
 def pack_units(
