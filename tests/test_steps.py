@@ -111,3 +111,19 @@ def test_one_layer_counts_for_all(ragged: bool) -> None:
         seen.append(mode.names)
     write = "aten::index_put_" if ragged else "aten::copy_"
     assert seen[1:] == [[write] * 2] * 2 and len(seen[0]) > 2
+
+
+@pytest.mark.parametrize("action", ["step", "ragged", "select", "crop", "reset"])
+def test_what_one_layer_does_stays_with_it(action: str) -> None:
+    shared = Steps()
+    layers = [new(KIVI, batch=3, d=32) for _ in range(2)]
+    for layer in layers:
+        layer.steps = shared
+        layer.append(*tokens(layer, 66), torch.arange(66) >= torch.tensor([[9], [0], [40]]))
+        layer.append(*tokens(layer, 1))
+    one, other = layers
+    assert one._length is other._length
+    act(one, action, 7)
+    assert one._length.tolist() == one.lengths() and one._packed.tolist() == one.packed_lengths()
+    assert other._length.tolist() == other.lengths() == [58, 67, 27]
+    assert other._packed.tolist() == other.packed_lengths() == [0, 32, 0]
