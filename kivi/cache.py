@@ -11,11 +11,12 @@ import copy
 import torch
 from torch import Tensor
 
-from kivi import checks, store
+from kivi import checks, steps, store
 from kivi.attention import Impl, get_ops
 from kivi.pages import CacheBytes, PageTable
 from kivi.smoothing import new_smooth
 from kivi.spec import KVSpec, check_choice, check_count
+from kivi.steps import Counts, Step
 from kivi.view import CacheView
 
 _OF_ROWS = ("_exact_key", "_exact_value", "_length", "_packed", "_smooth")
@@ -76,13 +77,14 @@ class LayerCache:
         self._ops = get_ops(impl, spec, shape[2], *where)
         self._pages = PageTable(spec, *shape, *where, max_length, sliding_window)
         self._table = torch.zeros(batch_size, 0, dtype=torch.int64, device=self.device)
-        slots = (batch_size, num_kv_heads, spec.sink_length + store.ring_slots(spec) + 1)
+        slots = (batch_size, num_kv_heads, spec.sink_length + steps.ring_slots(spec) + 1)
         self._exact_key = torch.zeros(*slots, head_dim, dtype=dtype, device=self.device)
         self._exact_value = torch.zeros(*slots, value_head_dim, dtype=dtype, device=self.device)
         self._length = torch.zeros(batch_size, dtype=torch.int64, device=self.device)
         self._packed = self._length.clone()
         self._smooth = new_smooth(spec, self._exact_key, self._exact_value)
-        self._host: store.Counts | None = ([0] * batch_size, [0] * batch_size)
+        self.steps: steps.Steps | None = None  # of layers that make them alike
+        self._host: Counts | None = ([0] * batch_size, [0] * batch_size)
         self._captured = False
         self._write_table()
 
@@ -132,8 +134,8 @@ class LayerCache:
         self._check(k, v, valid)
         if k.shape[2]:
             step, host = self._step(k.shape[2], valid)
-            if k.shape[2] <= store.SLACK:
-                store.write_exact(self._view(), self.spec, k, v, step.position)
+            if k.shape[2] <= steps.SLACK:
+                store.write_new(self._view(), k, v, step)
             self._store(k, v, valid, step, host)
 
     @torch.no_grad()
@@ -182,12 +184,12 @@ class LayerCache:
         scale = d**-0.5 if scale is None else scale
         step, host = self._step(t, valid)
         query = step.position if valid is None else step.position.clamp_min(0)
-        options = (store.needed(sliding_window, host, self.max_length), softcap, s_aux)
+        options = (steps.needed(sliding_window, host, self.max_length), softcap, s_aux)
         view = self._view()
-        if t <= store.SLACK:
-            store.write_exact(view, self.spec, k, v, step.position)
-        if t <= store.SLACK and mask is None:
-            view = view._replace(length=step.length)
+        if t <= steps.SLACK:
+            store.write_new(view, k, v, step)
+        if t <= steps.SLACK and mask is None:
+            view = self._view(step.length)
             out, _ = self._ops.decode_attention(q, view, self.spec, query, scale, *options)
         else:
             past = None if self._is_empty() else view
@@ -215,7 +217,7 @@ class LayerCache:
         new = [getattr(self, name).index_select(0, index) for name in _OF_ROWS]
         self._pages.rebuild(self._mirror()[1], rows, packed)
         for name, tensor in zip(_OF_ROWS, new, strict=True):
-            if len(rows) == self.batch_size:  # addresses stay
+            if self.max_length is not None and len(rows) == self.batch_size:  # addresses stay
                 getattr(self, name).copy_(tensor)
             else:
                 setattr(self, name, tensor)
@@ -259,11 +261,11 @@ class LayerCache:
         if unit is not None:
             store.write_exact(self._view(), self.spec, *unit)
 
-    def check_crop(self, tokens: int) -> store.Counts:
+    def check_crop(self, tokens: int) -> Counts:
         """What `crop` raises, and the counts after it; nothing changes."""
         counts = self._mirror()
         lost = self._pages.forgotten(counts[1])
-        return store.cut(self.spec, counts, tokens, self.sliding_window, lost)
+        return steps.cut(self.spec, counts, tokens, self.sliding_window, lost)
 
     def reset(self) -> None:
         """Forget all tokens; buffers and, with `max_length`, addresses stay."""
@@ -272,12 +274,22 @@ class LayerCache:
     def _forget(self, lengths: list[int], packed: list[int]) -> None:
         """Set the counters to what is kept; pages still to be written become the rows' own."""
         self._pages.rebuild(self._mirror()[1], list(range(self.batch_size)), packed)
-        self._length.copy_(torch.tensor(lengths))
-        self._packed.copy_(torch.tensor(packed))
+        counters = [torch.tensor(counts, device=self.device) for counts in (lengths, packed)]
+        self._count(*counters)
         self._host = (list(lengths), list(packed))
         self._write_table()
 
-    def _mirror(self) -> store.Counts:
+    def _count(self, length: Tensor, packed: Tensor | None) -> None:
+        """Set the counters. Those of a growing cache are replaced: layers share them (`Steps`)."""
+        if self.max_length is None:
+            self._length = steps.kept(length)
+            self._packed = self._packed if packed is None else steps.kept(packed)
+            return
+        self._length.copy_(length)
+        if packed is not None:
+            self._packed.copy_(packed)
+
+    def _mirror(self) -> Counts:
         """Lengths and packed lengths on the host; from the device after steps it did not see."""
         if self._host is None or self._captured:
             lengths, packed = torch.stack([self._length, self._packed]).tolist()
@@ -287,9 +299,9 @@ class LayerCache:
     def _is_empty(self) -> bool:
         return not checks.tracing() and not any(self._mirror()[0])
 
-    def _view(self) -> CacheView:
-        rows = (self._exact_key, self._exact_value, self._length, self._smooth)
-        pool = self._pages.pool
+    def _view(self, length: Tensor | None = None) -> CacheView:
+        pool, length = self._pages.pool, self._length if length is None else length
+        rows = (self._exact_key, self._exact_value, length, self._smooth)
         return CacheView(pool.key, pool.value, self._table, self._packed, *rows)
 
     @torch.inference_mode(False)
@@ -310,39 +322,29 @@ class LayerCache:
         for name, x in (("k", k), ("v", v)) if self.check_finite else ():
             checks.check_finite_tensor(name, x if valid is None else x.transpose(1, 2)[valid])
 
-    def _step(self, t: int, valid: Tensor | None) -> tuple[store.Step, store.Counts | None]:
+    def _step(self, t: int, valid: Tensor | None) -> tuple[Step, Counts | None]:
         """What storing t columns will do, with pages reserved; refuses what does not fit."""
-        host, units = None, (t - 1) // self.spec.unit + 1
-        if not checks.tracing():
-            counts = [t] * self.batch_size if valid is None else valid.sum(1).tolist()
-            if self._pages.rounds:  # a step that failed may have overwritten what is still seen
-                self.check_crop(0)
-            host, units = store.plan_on_host(self.spec, self._mirror(), counts, self.max_length)
-            if self._pages.reserve(host[1]):
-                self._write_table()
-        step = store.plan(self._view(), self.spec, t, valid, units)
-        if host is None and self.max_length is not None:
-            inside = (step.length <= self.max_length).all()
-            torch._assert_async(inside, "more tokens than max_length")
+        if checks.tracing():
+            return steps.traced_step(self._view(), self.spec, t, valid, self.max_length), None
+        if self._pages.rounds:  # a step that failed may have overwritten what is still seen
+            self.check_crop(0)
+        state = (self._view(), self.spec, self._mirror(), t, valid, self.max_length)
+        step, host = self.steps.next(*state) if self.steps else steps.next_step(*state)
+        if step.units and self._pages.reserve(host[1]):
+            self._write_table()
         return step, host
 
     def _store(
-        self,
-        k: Tensor,
-        v: Tensor,
-        valid: Tensor | None,
-        step: store.Step,
-        host: store.Counts | None,
+        self, k: Tensor, v: Tensor, valid: Tensor | None, step: Step, host: Counts | None
     ) -> None:
         """Store the columns; the counters, which make them count, change last."""
-        fresh = valid is None and self._is_empty()
         if host is not None and self._pages.rounds:  # should packing fail, this much is gone
             self._pages.lost = self._pages.forgotten(host[1])
-        ring = self._pages.ring if self._pages.rounds else None
-        store.store(self._view(), self.spec, k, v, step, fresh, self._ops.quantize_pack, ring)
-        self._length.copy_(step.length)
-        if step.units:
-            self._packed.copy_(step.packed)
+        if step.units or k.shape[2] > steps.SLACK:
+            fresh = valid is None and self._is_empty()
+            ring = self._pages.ring if self._pages.rounds else None
+            store.store(self._view(), self.spec, k, v, step, fresh, self._ops.quantize_pack, ring)
+        self._count(step.length, step.packed if step.units else None)
         self._host = host
         if host is None and not torch.compiler.is_compiling():
             self._captured = True  # replays of a CUDA graph pass the host by

@@ -57,14 +57,19 @@ def check_new_tokens(
         like: the cache's exact keys `[B, Hkv, E, D]` and values `[B, Hkv, E, Dv]`.
     """
     for name, x, own in (("k", k, like[0]), ("v", v, like[1])):
-        check_tensor(name, x, own.shape[3])
-        want = (*own.shape[:2], k.shape[2], own.shape[3])
-        if x.shape != want or x.dtype != own.dtype or x.device != own.device:
-            raise ValueError(
-                f"{name} {_describe(x)}; it must be {want}, {own.dtype} and {own.device}"
-            )
+        if not isinstance(x, Tensor) or x.dim() != 4:
+            check_tensor(name, x)
+        (b, heads, _, d), t = own.shape, k.shape[2]
+        if x.shape == (b, heads, t, d) and x.dtype == own.dtype and x.device == own.device:
+            continue  # nothing else is asked for every token in every layer
+        check_tensor(name, x, d)
+        raise ValueError(
+            f"{name} {_describe(x)}; it must be {(b, heads, t, d)}, {own.dtype} and {own.device}"
+        )
+    if valid is None:
+        return
     shapes = ((k.shape[0], k.shape[2]),)
-    if valid is not None and not _is(valid, shapes, (torch.bool,), k.device):
+    if not _is(valid, shapes, (torch.bool,), k.device):
         raise ValueError(
             f"valid {_describe(valid)}; it must be {shapes[0]}, torch.bool and {k.device}"
         )
@@ -132,7 +137,7 @@ def tracing() -> bool:
     """Whether this call becomes a graph, in which the host can neither count nor check."""
     if torch.compiler.is_compiling():
         return True
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def check_token_ids(name: str, x: Tensor) -> None:

@@ -182,7 +182,7 @@ class KVCache(Cache):
         for layer, columns in zip(cache.layers, saved.layers, strict=True):
             if isinstance(layer, PackedLayer) and columns is not None:
                 layer.columns, layer.is_initialized = columns, True
-                columns.shared = layer.shared
+                columns.shared, columns.cache.steps = layer.shared, layer.shared.steps
         return cache
 
     def prefill_from(self, cache: Cache) -> None:

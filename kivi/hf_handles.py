@@ -29,6 +29,14 @@ _METADATA = [getattr(Tensor, name).__get__ for name in (*_PROPERTIES, "is_meta",
 ]
 
 
+_NOTHING = nullcontext()
+
+
+def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """In a dtype. Asking torch to do nothing takes a while."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 class Columns:
     """A LayerCache as transformers sees it: in columns, padding included.
 
@@ -40,6 +48,7 @@ class Columns:
 
     def __init__(self, cache: LayerCache, window: int | None, shared: Shared) -> None:
         self.cache, self.window, self.shared = cache, window, shared
+        cache.steps = shared.steps
         self.seen: int | Tensor = 0
         if cache.max_length is not None:
             with torch.inference_mode(False):  # it counts on after that mode
@@ -49,6 +58,7 @@ class Columns:
         # First column and `valid [B, T]` of the forwards that held padding.
         self.padding: list[tuple[int, Tensor]] = []
         self.packed_calls = self.dense_calls = 0
+        self._stand_in: Tensor | None = None
 
     def handles(self, k: Tensor, v: Tensor) -> tuple[CachedStates, CachedStates]:
         """Handles of all keys and values, the new ones `[B, Hkv, T, D]` included.
@@ -60,9 +70,20 @@ class Columns:
             raise ValueError(
                 f"input of {k.shape[0]} rows is not allowed; this cache has {self.cache.batch_size}"
             )
-        update = Update(self, k.to(self.cache.dtype), v.to(self.cache.dtype))
-        total = self.total(k.shape[2])
-        return CachedStates.of(update, total, False), CachedStates.of(update, total, True)
+        update = Update(self, _as(k, self.cache.dtype), _as(v, self.cache.dtype))
+        b, heads, t, d = update.k.shape
+        one = update.k.new_empty(()) if tracing() else self.stand_in()
+        key = value = one.expand(b, heads, self.total(t), d)
+        if v.shape[3] != d:
+            value = one.expand(b, heads, self.total(t), v.shape[3])
+        return CachedStates.of(update, key, False), CachedStates.of(update, value, True)
+
+    def stand_in(self) -> Tensor:
+        """The one element of the handles of all eager steps: even an empty tensor takes a while."""
+        if self._stand_in is None:
+            with torch.inference_mode(False):  # it outlives that mode
+                self._stand_in = torch.empty((), dtype=self.cache.dtype, device=self.cache.device)
+        return self._stand_in
 
     def total(self, t: int) -> int:
         """Columns that a mask has for t new ones."""
@@ -187,9 +208,9 @@ class Update:
             return None
         kind = q.device.type
         autocast = torch.is_autocast_enabled(kind)
-        with torch.autocast(kind, enabled=False) if autocast else nullcontext():
+        with torch.autocast(kind, enabled=False) if autocast else _NOTHING:
             out = columns.cache.decode(
-                q.to(self.k.dtype),
+                _as(q, self.k.dtype),
                 self.k,
                 self.v,
                 scale,
@@ -198,7 +219,8 @@ class Update:
                 sliding_window=window,
                 softcap=softcap,
                 s_aux=s_aux,
-            ).to(q.dtype)
+            )
+        out = _as(out, q.dtype)
         self.stored = True
         if tracing():
             columns.advance(t)
@@ -262,11 +284,9 @@ class CachedStates(torch.Tensor):
     is_value: bool
 
     @classmethod
-    def of(cls, update: Update, columns: int, is_value: bool) -> CachedStates:
-        """The handle of an update over so many columns."""
-        new = update.v if is_value else update.k
-        shape = (*new.shape[:2], columns, new.shape[3])
-        handle = new.new_empty(()).expand(shape).as_subclass(cls)
+    def of(cls, update: Update, shape: Tensor, is_value: bool) -> CachedStates:
+        """The handle of an update, in the shape of a tensor without memory of its own."""
+        handle = shape.as_subclass(cls)
         handle.update, handle.is_value = update, is_value
         return handle
 

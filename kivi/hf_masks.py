@@ -10,6 +10,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from kivi.cache import LayerCache
 from kivi.checks import tracing
+from kivi.steps import Steps
 
 # Elements of a piece of a mask that may be compared at a time.
 BLOCK_MASK = 2**24
@@ -28,11 +29,12 @@ class Reading(NamedTuple):
 
 
 class Shared:
-    """What the layers of a cache share: their masks, read once for all of them, and one warning."""
+    """What the layers of a cache share: masks and steps, worked out once for all; one warning."""
 
     def __init__(self) -> None:
         # Weak: a mask of a long prompt is large, and must not outlive its forward.
         self._known = WeakTensorKeyDictionary()
+        self.steps = Steps()
         self.warned = False
 
     def __reduce__(self) -> tuple[type[Shared], tuple[()]]:

@@ -239,7 +239,8 @@ class KVSpec:
     @property
     def unit(self) -> int:
         """Tokens that leave the exact window together: whole planes and whole groups."""
-        return max([TILE_ROWS, *(s.unit for s in (self.key, self.value) if s is not None)])
+        key, value = self.key, self.value  # no loop: steps ask each time
+        return max(TILE_ROWS, key.unit if key else 1, value.unit if value else 1)
 
     def bits_per_element(self, head_dim: int, value_head_dim: int | None = None) -> float:
         """Mean bits of a packed key or value element; 16 for what stays unquantized."""

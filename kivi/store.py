@@ -3,141 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kivi.kernels.reference import exact_positions, gather_pages, smooth_factors
 from kivi.packing import units_per_tile
-from kivi.pages import CROP
 from kivi.smoothing import smoothed
-from kivi.spec import PAGE_TOKENS, TILE_ROWS, KVSpec, QuantSpec, check_count
+from kivi.spec import PAGE_TOKENS, KVSpec, QuantSpec
+from kivi.steps import SLACK, Step, ring_slots, rows, slots
 from kivi.view import CacheView
-
-SLACK = TILE_ROWS
-"""Tokens that fit into the ring before a unit must have left it."""
-
-
-Counts = tuple[list[int], list[int]]
-"""Lengths and packed lengths of the rows, on the host."""
-
-
-class Step(NamedTuple):
-    """What storing T columns does to the counters; computed before anything changes.
-
-    `position [B, T]` of each column in its row, -1 for padding; `length [B]` and `packed [B]`
-    afterwards; `units`: at most so many units leave the window of a row. They may be views of the
-    counters.
-    """
-
-    position: Tensor
-    length: Tensor
-    packed: Tensor
-    units: int
-
-
-def ring_slots(spec: KVSpec) -> int:
-    """W: room for R tokens, a unit that is not yet full, and SLACK new tokens."""
-    return spec.residual_length + spec.unit + SLACK
-
-
-def slots(spec: KVSpec, position: Tensor) -> Tensor:
-    """The exact slot of a position; the bin, S + W, for a negative one."""
-    sinks, ring = spec.sink_length, ring_slots(spec)
-    if sinks:
-        slot = torch.where(position < sinks, position, sinks + (position - sinks) % ring)
-    else:
-        slot = position % ring
-    return slot.masked_fill(position < 0, sinks + ring)
-
-
-def plan(view: CacheView, spec: KVSpec, t: int, valid: Tensor | None, units: int) -> Step:
-    """The step that stores t columns, those of `valid [B, t]` only; at most `units` units leave.
-
-    A decode step in eager mode launches every operation here on its own: no more than it needs.
-    """
-    if valid is None:
-        position = view.length[:, None]
-        if t > 1:
-            position = position + torch.arange(t, device=view.length.device)
-        length = view.length + t
-    else:
-        position = torch.where(valid, view.length[:, None] + valid.cumsum(1) - 1, -1)
-        length = view.length + valid.sum(1)
-    if not units:
-        return Step(position, length, view.packed, 0)
-    window = length - view.packed - (spec.sink_length + spec.residual_length)
-    leaving = window.clamp_min(0) // spec.unit * spec.unit
-    return Step(position, length, view.packed + leaving, units)
-
-
-def plan_on_host(
-    spec: KVSpec, counts: Counts, new: list[int], max_length: int | None
-) -> tuple[Counts, int]:
-    """The counts after so many new tokens in each row, and the most units that leave a row.
-
-    Raises:
-        ValueError: for a row of more than `max_length` tokens.
-    """
-    window = spec.sink_length + spec.residual_length
-    lengths = [n + t for n, t in zip(counts[0], new, strict=True)]
-    if max_length is not None and max(lengths) > max_length:
-        raise ValueError(
-            f"k has {max(new)} more tokens, which makes rows of {lengths} tokens; "
-            f"max_length={max_length}"
-        )
-    pairs = zip(lengths, counts[1], strict=True)
-    units = [max(0, n - p - window) // spec.unit for n, p in pairs]
-    packed = [p + u * spec.unit for p, u in zip(counts[1], units, strict=True)]
-    return (lengths, packed), max(units)
-
-
-def needed(window: int | None, counts: Counts | None, max_length: int | None) -> int | None:
-    """The window of queries, or None where no row reaches out of it: kernels need not look then.
-
-    Args:
-        window: the window.
-        counts: after the step, None if the host does not know them.
-        max_length: the most that a row can hold.
-    """
-    longest = max_length if counts is None else max(counts[0])
-    return None if window is None or longest is None or longest <= window else window
-
-
-def cut(
-    spec: KVSpec, counts: Counts, tokens: int, window: int | None, forgotten: list[int]
-) -> Counts:
-    """The counts after dropping the last tokens; a packed unit is kept whole or not at all.
-
-    Args:
-        spec: how the layer is packed.
-        counts: the counts before.
-        tokens: how many are dropped.
-        window: of the layer's queries.
-        forgotten: packed tokens at the start of each row that are gone.
-
-    Raises:
-        ValueError: for more tokens than a row has, or if the next query would see forgotten ones.
-    """
-    check_count("tokens", tokens)
-    if tokens > min(counts[0]):
-        raise ValueError(f"tokens={tokens} is not allowed; the rows hold {counts[0]} tokens")
-    lengths = [n - tokens for n in counts[0]]
-    whole = [max(0, n - spec.sink_length) // spec.unit * spec.unit for n in lengths]
-    packed = [min(pair) for pair in zip(whole, counts[1], strict=True)]
-    for length, last, lost in zip(lengths, packed, forgotten, strict=True):
-        first = length + 1 - (window or length) - spec.sink_length
-        if lost > max(0, min(first, last)):
-            if tokens == 0:
-                raise ValueError(
-                    f"a step that failed has overwritten tokens in the window of {window}; reset()"
-                )
-            raise ValueError(
-                f"tokens={tokens} is not allowed; sliding_window={window} has forgotten what the "
-                f"rows would see then (up to {CROP} tokens can always be cropped)"
-            )
-    return lengths, packed
 
 
 def tensors(view: CacheView) -> list[Tensor]:
@@ -147,10 +22,22 @@ def tensors(view: CacheView) -> list[Tensor]:
 
 def write_exact(view: CacheView, spec: KVSpec, k: Tensor, v: Tensor, position: Tensor) -> None:
     """Put columns `[B, Hkv, T, D]` into the exact slots of their positions `[B, T]`."""
-    row = torch.arange(k.shape[0], device=k.device)[:, None]
-    slot = slots(spec, position)
-    view.exact_key[row, :, slot] = k.transpose(1, 2)
-    view.exact_value[row, :, slot] = v.transpose(1, 2)
+    _write(view, k, v, (rows(position), slots(spec, position)))
+
+
+def write_new(view: CacheView, k: Tensor, v: Tensor, step: Step) -> None:
+    """Put up to SLACK new columns `[B, Hkv, T, D]` into their exact slots."""
+    assert step.place is not None
+    _write(view, k, v, step.place)
+
+
+def _write(view: CacheView, k: Tensor, v: Tensor, place: int | tuple[Tensor, Tensor]) -> None:
+    for exact, new in ((view.exact_key, k), (view.exact_value, v)):
+        if isinstance(place, int):
+            exact.narrow(2, place, new.shape[2]).copy_(new)
+        else:
+            row, slot = place
+            exact[row, :, slot] = new.transpose(1, 2)
 
 
 def pack_units(
@@ -196,7 +83,7 @@ def store(
 ) -> None:
     """Store T columns: units leave the window into pages, the new tokens enter it.
 
-    Up to SLACK columns must already lie in their exact slots (`write_exact`).
+    Up to SLACK columns must already lie in their exact slots (`write_new`).
 
     Args:
         view: the state before; pages and exact slots are written, counters are not.

@@ -26,6 +26,7 @@ LAYERS = (
     ("kivi.kernels",),
     ("kivi.pages",),
     ("kivi.smoothing",),
+    ("kivi.steps",),
     ("kivi.store",),
     ("kivi.attention",),
     ("kivi.cache", "kivi.cache_*"),

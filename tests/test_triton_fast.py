@@ -96,23 +96,21 @@ def run(
 ) -> tuple[Tensor, Tensor]:
     from kivi.kernels import triton_fast
 
-    d = q.shape[3]
-    rows = q.shape[1] // view.exact_key.shape[1] * q.shape[2]
-    formats = [(s.bits, s.axis == "channel", s.group(d)) for s in (spec.key, spec.value)]
-    assert triton_fast.serves(q, d, rows, *formats, None)
-    return triton_fast.decode(
+    formats = [(s.bits, s.axis == "channel", s.group(q.shape[3])) for s in (spec.key, spec.value)]
+    out = triton_fast.decode(
         q,
         tuple(view.key[:3]),
         tuple(view.value[:3]),
-        *view[2:7],
-        position,
+        (*view[2:7], position),
         s_aux,
-        (spec.key.bits, spec.value.bits),
-        (formats[0][2], formats[1][2]),
+        tuple(formats),
         spec.sink_length,
         scale,
+        None,
         softcap,
     )
+    assert out is not None
+    return out
 
 
 def check(

@@ -7,6 +7,7 @@ for packed tokens that were mapped (rotated, smoothed) or centered before they w
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -14,10 +15,41 @@ from torch import Tensor
 
 from kivi.grids import symmetric_offset
 from kivi.kernels import triton_fast
-from kivi.kernels.triton_formats import flat, is_plain
+from kivi.kernels.triton_direct import direct
+from kivi.kernels.triton_formats import Formats, flat, is_plain
 from kivi.kernels.triton_mapped import mapped_attention
 from kivi.kernels.triton_portable import INTERPRETED, portable
 from kivi.spec import KVSpec
+
+
+def _attend(
+    q: Tensor,
+    key: tuple[Tensor, Tensor | None, Tensor | None],
+    value: tuple[Tensor, Tensor | None, Tensor | None],
+    state: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor],
+    s_aux: Tensor | None,
+    formats: Formats,
+    sinks: int,
+    scale: float,
+    sliding_window: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    if q.stride(3) != 1:
+        q = q.contiguous()
+    options = (sinks, scale, sliding_window, softcap)
+    out = triton_fast.decode(q, key, value, state, s_aux, formats, *options)
+    if out is not None:
+        return out
+    return portable(
+        q,
+        q,
+        (*key, None),
+        (*value, None),
+        (*state, s_aux),
+        formats,
+        (symmetric_offset(formats[0][0] or 1), symmetric_offset(formats[1][0] or 1)),
+        *options,
+    )
 
 
 def _decode_attention(
@@ -46,39 +78,13 @@ def _decode_attention(
     sliding_window: int | None,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    hkv, dv = exact_value.shape[1], exact_value.shape[3]
-    if q.stride(3) != 1:
-        q = q.contiguous()
-    rows = q.shape[1] // hkv * q.shape[2]
-    formats = (key_bits, key_channel, key_group), (value_bits, value_channel, value_group)
-    if triton_fast.serves(q, dv, rows, *formats, sliding_window):
-        assert key_scale is not None and value_scale is not None
-        with torch.cuda.device(q.device):
-            return triton_fast.decode(
-                q,
-                (key_words, key_scale, key_zero),
-                (value_words, value_scale, value_zero),
-                table,
-                packed,
-                exact_key,
-                exact_value,
-                length,
-                query_position,
-                s_aux,
-                (key_bits, value_bits),
-                (key_group, value_group),
-                sinks,
-                scale,
-                softcap,
-            )
-    return portable(
+    return _attend(
         q,
-        q,
-        (key_words, key_scale, key_zero, None),
-        (value_words, value_scale, value_zero, None),
-        (table, packed, exact_key, exact_value, length, query_position, s_aux),
-        formats,
-        (symmetric_offset(key_bits or 1), symmetric_offset(value_bits or 1)),
+        (key_words, key_scale, key_zero),
+        (value_words, value_scale, value_zero),
+        (table, packed, exact_key, exact_value, length, query_position),
+        s_aux,
+        ((key_bits, key_channel, key_group), (value_bits, value_channel, value_group)),
         sinks,
         scale,
         sliding_window,
@@ -111,6 +117,16 @@ if INTERPRETED:
 torch.library.register_fake("kivi::decode_attention", _fake, lib=_library)
 
 
+def _formats(spec: KVSpec, head_dim: int, value_head_dim: int) -> Formats | None:
+    """Of keys, then of values, what `flat` says; None if the kernels here do not take them."""
+    if is_plain(spec.key) and is_plain(spec.value):
+        return flat(spec.key, head_dim), flat(spec.value, value_head_dim)
+    return None
+
+
+_known_formats = lru_cache(1024)(_formats)
+
+
 def decode_attention(
     q: Tensor,
     view: Any,
@@ -138,25 +154,20 @@ def decode_attention(
     Returns:
         out `[B, Hq, T, Dv]` in q's dtype; log-sum-exp `[B, Hq, T]` float32.
     """
-    if not (is_plain(spec.key) and is_plain(spec.value)):
-        options = (scale, sliding_window, softcap)
-        return mapped_attention(q, view, spec, query_position, s_aux, *options)
+    short = direct(q, s_aux, cpu=INTERPRETED)
+    of_spec = _known_formats if short else _formats  # compilers complain of a cache in the way
+    formats = of_spec(spec, q.shape[3], view.exact_value.shape[3])
+    if formats is None:
+        return mapped_attention(
+            q, view, spec, query_position, s_aux, scale, sliding_window, softcap
+        )
+    key, value, state = view.key[:3], view.value[:3], (*view[2:7], query_position)
+    # As the operator takes them: Triton compiles anew for numbers of other types.
+    scale, softcap = float(scale), None if softcap is None else float(softcap)
+    options = (spec.sink_length, scale, sliding_window, softcap)
+    if short:
+        return _attend(q, key, value, state, s_aux, formats, *options)
     out: tuple[Tensor, Tensor] = torch.ops.kivi.decode_attention(
-        q,
-        *view.key[:3],
-        *view.value[:3],
-        view.table,
-        view.packed,
-        view.exact_key,
-        view.exact_value,
-        view.length,
-        query_position,
-        s_aux,
-        *flat(spec.key, q.shape[3]),
-        *flat(spec.value, view.exact_value.shape[3]),
-        spec.sink_length,
-        scale,
-        sliding_window,
-        softcap,
+        q, *key, *value, *state, s_aux, *formats[0], *formats[1], *options
     )
     return out

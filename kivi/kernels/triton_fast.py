@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from functools import cache
-from typing import Any
+from functools import cache, lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kivi.grids import symmetric_offset
 from kivi.kernels.triton_combine import combine_kernel
+from kivi.kernels.triton_direct import Launch, on_device, stream
+from kivi.kernels.triton_formats import Formats
 from kivi.kernels.triton_gluon import decode_kernel
 from kivi.spec import PAGE_TOKENS, TILE_ROWS
 
@@ -22,44 +23,39 @@ RESIDENT = 8
 PLANES = 4
 HEAD_DIMS = (64, 128, 256)
 WIDTHS = (1, 2, 4, 8)
-# On 8-bit tensor cores, up to 4 query heads times tokens.
-BYTE_WIDTHS = (2, 4)
-# Query heads times tokens on one kv head up to which re-reading the pages for every 8 pays.
+# Query heads times tokens on one kv head up to which re-reading the pages for every 8 (or 4) pays.
 MAX_ROWS = 32
+# On 8-bit tensor cores, for 4 query heads times tokens a program: these widths of both keys and
+# values, and head dimensions.
+BYTE_WIDTHS = (2, 4)
+BYTE_HEAD_DIMS = (64, 128)
+BYTE_ROWS = 4
 
 
-class Launcher:
-    """Launches a kernel again without the binder, which takes longer than many a decode step.
+class Mapped(NamedTuple):
+    """How tokens were mapped: the same for keys and values, where there are not two numbers.
 
-    Args:
-        kernel: the jitted function; it takes tensors first.
-        options: of its launches.
+    Tokens whose means were subtracted together (0: none), channels that were rotated together (1:
+    none), whether channels were divided by factors, and the codes that stand for 0.
     """
 
-    def __init__(self, kernel: Any, **options: Any) -> None:
-        self.kernel, self.options = kernel, options
-        self.compiled: dict[Hashable, Any] = {}
-
-    def __call__(
-        self,
-        key: Hashable,
-        grid: tuple[int, int, int],
-        tensors: tuple[Tensor | None, ...],
-        others: tuple[Any, ...],
-        **options: Any,
-    ) -> None:
-        """Launch; `key` names all that the compiled code depends on, alignment excepted."""
-        compiled = self.compiled.get(key)
-        if compiled is None:
-            compiled = self.kernel[grid](*tensors, *others, **self.options, **options)
-            self.compiled[key] = compiled
-        else:
-            # Addresses: a tensor's would be looked up and checked one by one.
-            compiled[grid](*(x if x is None else x.data_ptr() for x in tensors), *others)
+    center: int
+    block: tuple[int, int]
+    smooth: tuple[bool, bool]
+    zero: tuple[float, float]
 
 
-_decode = Launcher(decode_kernel, num_warps=1)
-_combine = Launcher(combine_kernel)
+class Plan(NamedTuple):
+    """What all calls with tensors of the same shapes and the same formats share.
+
+    `merge` is None where no programs share a unit; else what they find takes `size` numbers, sums
+    of values and from `sums` on what belongs to them.
+    """
+
+    main: Launch
+    merge: Launch | None = None
+    size: int = 0
+    sums: int = 0
 
 
 @cache
@@ -73,12 +69,15 @@ def _gpu(device: torch.device) -> tuple[int, int, int]:
 
 
 def _resident(
-    shared: int, d: int, planes: int, key_group: int, value_group: int, as_bytes: bool
+    shared: int, d: int, planes: int, groups: tuple[int, int], as_bytes: bool, mapped: Mapped | None
 ) -> int:
     """Programs that a multiprocessor of so much shared memory holds at once."""
-    zeros = d // value_group if as_bytes or value_group == d else 8  # and ones
-    per_token = (d // value_group + zeros) * 2
-    metadata = 4 * d * -(-planes * TILE_ROWS // key_group) + planes * TILE_ROWS * per_token
+    tokens = planes * TILE_ROWS
+    if mapped is None:
+        zeros = d // groups[1] if as_bytes or groups[1] == d else 8  # and ones
+        metadata = 4 * d * -(-tokens // groups[0]) + tokens * 2 * (d // groups[1] + zeros)
+    else:
+        metadata = 4 * tokens + 4 * d * (-(-tokens // mapped.center) if mapped.center else 1)
     return max(1, min(RESIDENT, shared // (4 * TILE_ROWS * d + metadata + 1024)))
 
 
@@ -87,21 +86,29 @@ def _steps(pages: int, planes: int, slots: int) -> int:
     return pages * (PAGE_TOKENS // (TILE_ROWS * planes)) + -(-slots // 64)
 
 
-def serves(
-    q: Tensor,
-    value_head_dim: int,
+def _serves(
+    d: int,
+    dv: int,
+    dtype: torch.dtype,
     rows: int,
     key: tuple[int, bool, int],
     value: tuple[int, bool, int],
-    sliding_window: int | None,
+    mapped: Mapped | None,
 ) -> bool:
     """Whether the kernel takes this; `key`, `value`: bits, whether per-channel, group size."""
-    d = q.shape[3]
     groups = d // value[2]
+    if mapped is not None:
+        return (
+            dtype in (torch.float16, torch.bfloat16)
+            and d == dv
+            and d in BYTE_HEAD_DIMS
+            and rows <= 4 * BYTE_ROWS
+            and key[0] == value[0] in BYTE_WIDTHS
+            and key[1:] == value[1:] == (False, d)
+        )
     return (
-        sliding_window is None
-        and q.dtype in (torch.float16, torch.bfloat16)
-        and d == value_head_dim
+        dtype in (torch.float16, torch.bfloat16)
+        and d == dv
         and d in HEAD_DIMS
         and rows <= MAX_ROWS
         and key[0] in WIDTHS
@@ -111,105 +118,149 @@ def serves(
         and key[2] >= 32
         and value[2] >= 16
         and groups in (1, 2, 4, 8)
-        and _gpu(q.device)[0] > 0
     )
+
+
+@lru_cache(1024)
+def _plan(
+    gpu: tuple[int, int, int],
+    device: torch.device,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    exact: tuple[int, ...],
+    columns: int,
+    formats: Formats,
+    zeros: tuple[bool, bool],
+    sinks: int,
+    kind: tuple[bool, torch.dtype | None],
+    mapped: Mapped | None,
+) -> Plan | None:
+    """How a call is divided and launched; None if the kernel does not serve it.
+
+    Args:
+        gpu: what `_gpu` says.
+        device: where.
+        dtype: of the queries.
+        shape: `[B, Hq, T, D]`, of the queries.
+        exact: `[B, Hkv, E, Dv]`, of the exact values.
+        columns: of the block table.
+        formats: bits, whether per-channel and group size, of keys and of values.
+        zeros: whether keys and values have zeros.
+        sinks: S.
+        kind: whether there is no softcap, and the dtype of s_aux if there is one.
+        mapped: see `decode`.
+    """
+    (b, hq, t, d), (_, hkv, slots, dv) = shape, exact
+    rows, slots = hq // hkv * t, slots - 1
+    multiprocessors, shared, major = gpu
+    if not multiprocessors or not _serves(d, dv, dtype, rows, *formats, mapped):
+        return None
+    bits, groups = (formats[0][0], formats[1][0]), (formats[0][2], formats[1][2])
+    same = bits[0] == bits[1] in BYTE_WIDTHS and d in BYTE_HEAD_DIMS
+    as_bytes = mapped is not None or (rows <= BYTE_ROWS and same)
+    planes = 8 // bits[0] if as_bytes else min(PLANES, 16 // max(bits))
+    resident = multiprocessors * _resident(shared, d, planes, groups, as_bytes, mapped)
+    units = b * hkv * -(-rows // (BYTE_ROWS if as_bytes else 8))
+    steps = _steps(columns, planes, slots)
+    if mapped is None and 2 * units * steps <= resident:
+        # A step each: the shorter the better
+        as_bytes, planes = False, min(2, 16 // max(bits))
+        units, steps = b * hkv * -(-rows // 8), _steps(columns, planes, slots)
+    blocks, apart = units // (b * hkv), 2 if as_bytes else 1
+    programs = min(resident, units * steps)
+    # A program for each unit where sharing it would save nothing
+    single = steps <= 2 or units >= 4 * programs
+    if single:
+        programs = units
+    if mapped is None:
+        offsets = [1.0 if x else -symmetric_offset(n) for x, n in zip(zeros, bits, strict=True)]
+        how = (False, 0, 1, 1, False, False)
+    else:
+        offsets = [*mapped.zero]
+        how = (True, mapped.center, *mapped.block, *mapped.smooth)
+    several = 1 if b == 1 else max(32, 2 ** (b - 1).bit_length())
+    early = major >= 9  # programmatic dependent launch
+    main = Launch(
+        decode_kernel,
+        (programs, 1, 1),
+        (b, hkv, blocks, rows, t, columns, slots, sinks)
+        + (d, *bits, *groups, *offsets, planes, several, single, early, as_bytes, *how),
+        num_warps=1,
+    )
+    if single:
+        return Plan(main)
+    # All parts of a query at once, in one round of loads: few of them, or many.
+    most = 32 if programs <= 30 * units else 256
+    channels = 64 if most == 32 else 16
+    merge = Launch(
+        combine_kernel,
+        (units, min(8 // apart, rows), d // channels),
+        (b, hkv, blocks, rows, t, sinks, programs)
+        + (d, apart, 32 * planes, max(32, several), most, channels, early),
+        num_warps=1,
+        launch_pdl=early,
+    )
+    count = programs + units
+    return Plan(main, merge, count * (8 * d + 16), count * 8 * d)
 
 
 def decode(
     q: Tensor,
-    key: tuple[Tensor, Tensor, Tensor | None],
-    value: tuple[Tensor, Tensor, Tensor | None],
-    table: Tensor,
-    packed: Tensor,
-    exact_key: Tensor,
-    exact_value: Tensor,
-    length: Tensor,
-    query_position: Tensor,
+    key: tuple[Tensor, Tensor | None, Tensor | None],
+    value: tuple[Tensor, Tensor | None, Tensor | None],
+    state: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor],
     s_aux: Tensor | None,
-    bits: tuple[int, int],
-    groups: tuple[int, int],
+    formats: Formats,
     sinks: int,
     scale: float,
+    sliding_window: int | None,
     softcap: float | None,
-) -> tuple[Tensor, Tensor]:
-    """What `triton_decode.decode_attention` says, of what `serves` allows.
+    mapped: Mapped | None = None,
+    smooth: Tensor | None = None,
+) -> tuple[Tensor, Tensor] | None:
+    """What `triton_decode.decode_attention` says, or None if this kernel does not serve it.
 
-    `key`, `value`: words, scale and zero of the pages; `bits`, `groups`: widths and group sizes of
-    keys and values.
+    `key`, `value`: words, scale and zero of the pages; `state`: table, packed, exact_key,
+    exact_value, length and query_position; `formats`: bits, whether per-channel and group size, of
+    keys and of values. With `mapped` there are centers, if any, in place of zeros, and `smooth` is
+    what channels were divided by, `[B, Hkv, n]` float32.
     """
+    if sliding_window is not None:
+        return None
+    device, shape = q.device, q.shape
+    zeros = key[2] is not None, value[2] is not None
+    kind = softcap is None, None if s_aux is None else s_aux.dtype
+    shapes = (shape, state[3].shape, state[0].shape[1])
+    plan = _plan(_gpu(device), device, q.dtype, *shapes, formats, zeros, sinks, kind, mapped)
+    if plan is None:
+        return None
+    assert key[1] is not None and value[1] is not None
     # Alignment to 16 bytes is compiled in.
     q = q.contiguous() if q.data_ptr() % 16 == 0 else q.clone(memory_format=torch.contiguous_format)
-    b, hq, t, d = q.shape
-    hkv, slots = exact_key.shape[1], exact_key.shape[2] - 1
-    rows = hq // hkv * t
-    multiprocessors, shared, major = _gpu(q.device)
-    as_bytes = rows <= 4 and bits[0] == bits[1] in BYTE_WIDTHS and d <= 128
-    planes = 8 // bits[0] if as_bytes else min(PLANES, 16 // max(bits))
-    apart = 2 if as_bytes else 1
-    blocks = -(-rows * apart // 8)
-    units = b * hkv * blocks
-    resident = multiprocessors * _resident(shared, d, planes, *groups, as_bytes)
-    steps = _steps(table.shape[1], planes, slots)
-    if 2 * units * steps <= resident:
-        # A step each: the shorter the better
-        as_bytes, apart, planes = False, 1, min(2, 16 // max(bits))
-        blocks = -(-rows // 8)
-        units, steps = b * hkv * blocks, _steps(table.shape[1], planes, slots)
-    programs = min(resident, units * steps)
-    # A program for each unit where sharing it would save nothing
-    single = steps <= 2 or units >= 4 * programs
     out = torch.empty_like(q)
-    lse = torch.empty((b, hq, t), dtype=torch.float32, device=q.device)
-    parts = sums = lse
-    if single:
-        programs = units
-    else:
-        count = programs + units
-        parts = torch.empty(count * (8 * d + 16), dtype=torch.float32, device=q.device)
-        sums = parts[count * 8 * d :]
-    zero_of = [
-        (pages[1], -symmetric_offset(n)) if pages[2] is None else (pages[2], 1.0)
-        for pages, n in ((key, bits[0]), (value, bits[1]))
-    ]
-    several = 1 if b == 1 else max(32, 2 ** (b - 1).bit_length())
-    static = (d, *bits, *groups, zero_of[0][1], zero_of[1][1], planes, several, single)
-    early = major >= 9  # programmatic dependent launch
-    kind = (q.device, q.dtype, softcap is None, None if s_aux is None else s_aux.dtype)
-    _decode(
-        (kind, static, as_bytes),
-        (programs, 1, 1),
-        (
-            *(q, key[0], key[1], zero_of[0][0], value[0], value[1], zero_of[1][0]),
-            *(table, packed, exact_key, exact_value, length, query_position),
-            *(parts, sums, out, lse, s_aux),
-        ),
-        (
-            scale,
-            softcap,
-            b,
-            hkv,
-            blocks,
-            rows,
-            t,
-            table.shape[1],
-            slots,
-            sinks,
-            *static,
-            early,
-            as_bytes,
-        ),
-    )
-    if not single:
-        # All parts of a query at once, in one round of loads: few of them, or many.
-        most = 32 if programs <= 30 * units else 256
-        channels = 64 if most == 32 else 16
-        constants = (d, apart, 32 * planes, max(32, several), most, channels, early)
-        _combine(
-            (kind, constants),
-            (units, min(8 // apart, rows), d // channels),
-            (parts, sums, packed, length, out, lse, s_aux),
-            (b, hkv, blocks, rows, t, sinks, programs, *constants),
-            num_warps=1,
-            launch_pdl=early,
+    # Sizes one by one: a tuple takes longer.
+    lse = torch.empty(shape[0], shape[1], shape[2], dtype=torch.float32, device=device)
+    main, merge, parts = plan.main, plan.merge, lse
+    if merge is not None:
+        parts = torch.empty(plan.size, dtype=torch.float32, device=device)
+    key_zero = key[1] if key[2] is None else key[2]
+    value_zero = value[1] if value[2] is None else value[2]
+    tensors = (q, key[0], key[1], key_zero, value[0], value[1], value_zero, *state, parts)
+    with on_device(device):
+        if main.compiled is None or (merge is not None and merge.compiled is None):
+            sums = parts[plan.sums :]
+            main.first(*tensors, sums, out, lse, s_aux, smooth, scale, softcap)
+            if merge is not None:
+                merge.first(parts, sums, state[1], state[4], out, lse, s_aux)
+            return out, lse
+        pointers = [*map(Tensor.data_ptr, tensors)]
+        rest = (
+            *(pointers[-1] + 4 * plan.sums, out.data_ptr(), lse.data_ptr()),
+            None if s_aux is None else s_aux.data_ptr(),
         )
+        factors = None if smooth is None else smooth.data_ptr()
+        current = stream(device)
+        main.again(current, *pointers, *rest, factors, scale, softcap)
+        if merge is not None:
+            merge.again(current, pointers[-1], rest[0], pointers[8], pointers[11], *rest[1:])
     return out, lse

@@ -8,6 +8,8 @@ from kivi.spec import TILE_ROWS, QuantSpec, Spec
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 512
+Formats = tuple[tuple[int, bool, int], tuple[int, bool, int]]
+"""Bits (0: none), whether scales are per channel, and the group size, of keys and of values."""
 GRIDS = ("asymmetric", "symmetric", "least_squares")
 
 

@@ -161,7 +161,8 @@ def decode_kernel(
 
         if BYTES:
             if MAPPED:
-                factors = smooth + (b * Hkv + h) * ((K_SMOOTH + V_SMOOTH) * D)
+                if K_SMOOTH or V_SMOOTH:
+                    factors = smooth + (b * Hkv + h) * ((K_SMOOTH + V_SMOOTH) * D)
                 if K_SMOOTH:
                     own_q = own_q * channel_numbers(factors, D)
                 own_q = inverse_hadamard(own_q, D, K_BLOCK)

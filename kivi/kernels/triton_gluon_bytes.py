@@ -104,7 +104,7 @@ def weigh_values(
 
 @gluon.jit
 def whole_query(x, unit, D: gl.constexpr):
-    """Queries `[D / 8, 8, 4]` as operand B of whole numbers; a score's unit; their sums `[8, 4]`."""
+    """Queries `[D / 8, 8, 4]` as whole operand B; a score's unit and their sums, `[8, 4]`."""
     up, down = to_largest(largest_row(fold_max(gl.abs(x))))
     qs = operand(x * across(up, D), D)
     one = gl.full([16, D], 1, gl.int8, layout=BYTES_A)

@@ -6,16 +6,18 @@ for the exact slots. What the pages give of values is mapped back before both ar
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kivi.grids import zero_code
-from kivi.kernels.triton_formats import flat
+from kivi.kernels import triton_fast
+from kivi.kernels.triton_direct import direct
+from kivi.kernels.triton_formats import Formats, flat
 from kivi.kernels.triton_portable import INTERPRETED, portable
-from kivi.spec import KVSpec, QuantSpec, Spec
+from kivi.spec import PAGE_TOKENS, KVSpec, QuantSpec
 from kivi.transforms import inverse_hadamard
 
 
@@ -33,7 +35,57 @@ def prepare(spec: KVSpec, head_dims: tuple[int, int], device: torch.device) -> N
             inverse(size, one.block(size), device)
 
 
-def _attention(
+def _attend(
+    q: Tensor,
+    key: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None],
+    value: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None],
+    state: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor],
+    smooth: Tensor | None,
+    s_aux: Tensor | None,
+    formats: Formats,
+    mapped: triton_fast.Mapped,
+    sinks: int,
+    scale: float,
+    sliding_window: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """`key`, `value`: words, scale, zero and center; the rest as `triton_fast.decode` says."""
+    options = (sinks, scale, sliding_window, softcap)
+    plain = [x[1] is not None and x[2] is None for x in (key, value)]
+    centers = [
+        mapped.center if x[3] is None else PAGE_TOKENS // x[3].shape[2] for x in (key, value)
+    ]
+    if all(plain) and centers[0] == centers[1]:
+        own = mapped._replace(center=centers[0])
+        own_key, own_value = (*key[:2], key[3]), (*value[:2], value[3])
+        out = triton_fast.decode(
+            q, own_key, own_value, state, s_aux, formats, *options, own, smooth
+        )
+        if out is not None:
+            return out
+    b, d = q.shape[0], q.shape[3]
+    hkv, dv = state[3].shape[1], state[3].shape[3]
+    q = q.contiguous()
+    query = q.view(b, hkv, -1, d).float()
+    if smooth is not None and mapped.smooth[0]:
+        query = query * smooth[:, :, None, :d]
+    if mapped.block[0] > 1:
+        query = query @ inverse(d, mapped.block[0], q.device)
+    top = torch.finfo(q.dtype).max
+
+    def unmap(x: Tensor) -> Tensor:
+        if mapped.block[1] > 1:
+            x = x @ inverse(dv, mapped.block[1], q.device)
+        if smooth is None or not mapped.smooth[1]:
+            return x
+        by_head = x.view(b, hkv, -1, *x.shape[2:]) * smooth[:, :, None, None, None, -dv:]
+        return by_head.flatten(1, 2)
+
+    query = query.clamp(-top, top).to(q.dtype).view(q.shape)
+    return portable(q, query, key, value, (*state, s_aux), formats, mapped.zero, *options, unmap)
+
+
+def _mapped_attention(
     q: Tensor,
     key_words: Tensor,
     key_scale: Tensor | None,
@@ -49,8 +101,7 @@ def _attention(
     exact_value: Tensor,
     length: Tensor,
     query_position: Tensor,
-    key_smooth: Tensor | None,
-    value_smooth: Tensor | None,
+    smooth: Tensor | None,
     s_aux: Tensor | None,
     key_bits: int,
     key_channel: bool,
@@ -58,44 +109,35 @@ def _attention(
     value_bits: int,
     value_channel: bool,
     value_group: int,
-    blocks: list[int],
-    offsets: list[float],
+    key_block: int,
+    value_block: int,
+    key_smooth: bool,
+    value_smooth: bool,
+    key_zero_code: float,
+    value_zero_code: float,
     sinks: int,
     scale: float,
     sliding_window: int | None,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    b, d = q.shape[0], q.shape[3]
-    hkv, dv = exact_value.shape[1], exact_value.shape[3]
-    q = q.contiguous()
-    mapped = q.view(b, hkv, -1, d).float()
-    if key_smooth is not None:
-        mapped = mapped * key_smooth.unsqueeze(2)
-    if blocks[0] > 1:
-        mapped = mapped @ inverse(d, blocks[0], q.device)
-    top = torch.finfo(q.dtype).max
-
-    def unmap(x: Tensor) -> Tensor:
-        if blocks[1] > 1:
-            x = x @ inverse(dv, blocks[1], q.device)
-        if value_smooth is None:
-            return x
-        by_head = x.view(b, hkv, -1, *x.shape[2:]) * value_smooth[:, :, None, None, None]
-        return by_head.flatten(1, 2)
-
-    return portable(
+    return _attend(
         q,
-        mapped.clamp(-top, top).to(q.dtype).view(q.shape),
         (key_words, key_scale, key_zero, key_center),
         (value_words, value_scale, value_zero, value_center),
-        (table, packed, exact_key, exact_value, length, query_position, s_aux),
+        (table, packed, exact_key, exact_value, length, query_position),
+        smooth,
+        s_aux,
         ((key_bits, key_channel, key_group), (value_bits, value_channel, value_group)),
-        (offsets[0], offsets[1]),
+        triton_fast.Mapped(
+            0,
+            (key_block, value_block),
+            (key_smooth, value_smooth),
+            (key_zero_code, value_zero_code),
+        ),
         sinks,
         scale,
         sliding_window,
         softcap,
-        unmap,
     )
 
 
@@ -104,10 +146,11 @@ _SCHEMA = """mapped_attention(
     Tensor key_words, Tensor? key_scale, Tensor? key_zero, Tensor? key_center,
     Tensor value_words, Tensor? value_scale, Tensor? value_zero, Tensor? value_center,
     Tensor table, Tensor packed, Tensor exact_key, Tensor exact_value, Tensor length,
-    Tensor query_position, Tensor? key_smooth, Tensor? value_smooth, Tensor? s_aux,
+    Tensor query_position, Tensor? smooth, Tensor? s_aux,
     int key_bits, bool key_channel, int key_group,
     int value_bits, bool value_channel, int value_group,
-    int[] blocks, float[] offsets,
+    int key_block, int value_block, bool key_smooth, bool value_smooth,
+    float key_zero_code, float value_zero_code,
     int sinks, float scale, int? sliding_window, float? softcap
 ) -> (Tensor, Tensor)"""
 
@@ -119,18 +162,24 @@ def _fake(q: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
 
 _library = torch.library.Library(__name__.partition(".")[0], "FRAGMENT")
 _library.define(_SCHEMA)
-_library.impl("mapped_attention", _attention, "CUDA")
+_library.impl("mapped_attention", _mapped_attention, "CUDA")
 if INTERPRETED:
-    _library.impl("mapped_attention", _attention, "CPU")
+    _library.impl("mapped_attention", _mapped_attention, "CPU")
 torch.library.register_fake("kivi::mapped_attention", _fake, lib=_library)
 
 
-def _block(spec: Spec | None, head_dim: int) -> int:
-    return spec.block(head_dim) if isinstance(spec, QuantSpec) else 1
+def _known(spec: KVSpec, head_dim: int, value_head_dim: int) -> tuple[Formats, triton_fast.Mapped]:
+    """What the kernels are told of a spec; the center they see."""
+    both = (spec.key, head_dim), (spec.value, value_head_dim)
+    ours = [(x if isinstance(x, QuantSpec) else None, size) for x, size in both]
+    smooth = [x is not None and x.smooth is not None for x, _ in ours]
+    zero = [zero_code(x.bits, x.grid) if x else 0.0 for x, _ in ours]
+    block = [x.block(size) if x else 1 for x, size in ours]
+    mapped = triton_fast.Mapped(0, (block[0], block[1]), (smooth[0], smooth[1]), (zero[0], zero[1]))
+    return (flat(*both[0]), flat(*both[1])), mapped
 
 
-def _offset(spec: Spec | None) -> float:
-    return zero_code(spec.bits, spec.grid) if isinstance(spec, QuantSpec) else 0.0
+_cached = lru_cache(1024)(_known)
 
 
 def mapped_attention(
@@ -144,33 +193,27 @@ def mapped_attention(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     """`triton_decode.decode_attention` for specs with a transform, centers or smoothing."""
-    d, dv = q.shape[3], view.exact_value.shape[3]
-    wide = d if spec.key and spec.key.smooth else 0
-    key_smooth, value_smooth = None, None
-    if wide:
-        key_smooth = view.smooth[..., :wide]
-    if spec.value and spec.value.smooth:
-        value_smooth = view.smooth[..., wide:]
+    short = direct(q, s_aux, cpu=INTERPRETED)
+    # Compilers complain of a cache in the way.
+    of_spec = _cached if short else _known
+    formats, mapped = of_spec(spec, q.shape[3], view.exact_value.shape[3])
+    key, value, state = view.key[:4], view.value[:4], (*view[2:7], query_position)
+    scale, softcap = float(scale), None if softcap is None else float(softcap)
+    options = (spec.sink_length, scale, sliding_window, softcap)
+    if short:
+        return _attend(q, key, value, state, view.smooth, s_aux, formats, mapped, *options)
     out: tuple[Tensor, Tensor] = torch.ops.kivi.mapped_attention(
         q,
-        *view.key[:4],
-        *view.value[:4],
-        view.table,
-        view.packed,
-        view.exact_key,
-        view.exact_value,
-        view.length,
-        query_position,
-        key_smooth,
-        value_smooth,
+        *key,
+        *value,
+        *state,
+        view.smooth,
         s_aux,
-        *flat(spec.key, d),
-        *flat(spec.value, dv),
-        [_block(spec.key, d), _block(spec.value, dv)],
-        [_offset(spec.key), _offset(spec.value)],
-        spec.sink_length,
-        scale,
-        sliding_window,
-        softcap,
+        *formats[0],
+        *formats[1],
+        *mapped.block,
+        *mapped.smooth,
+        *mapped.zero,
+        *options,
     )
     return out

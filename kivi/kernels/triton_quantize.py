@@ -5,7 +5,8 @@ The arithmetic is that of grids.py, operation by operation, so that the bytes ar
 
 from __future__ import annotations
 
-from functools import cache
+from contextlib import nullcontext
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -13,7 +14,9 @@ import triton
 from torch import Tensor
 
 from kivi.grids import metadata_dtype, refit_unit, symmetric_offset
+from kivi.kernels.triton_direct import Launch, direct, on_device, stream
 from kivi.kernels.triton_pack import copy_tokens, quantize_tiles
+from kivi.kernels.triton_portable import INTERPRETED
 from kivi.packing import widths
 from kivi.quantize import Pages
 from kivi.spec import TILE_ROWS, WORD_BITS, QuantSpec, Spec
@@ -38,7 +41,7 @@ def _constants(
     dtype: torch.dtype,
     pairs: bool,
 ) -> dict[str, Any]:
-    """What the kernel is compiled for, and how it shares elements out to programs and threads."""
+    """What the kernel is compiled for, in its order: how it shares elements out to threads too."""
     spec = QuantSpec(bits, axis, group_size, grid)  # type: ignore[arg-type]
     group, size, info = spec.group(d), dtype.itemsize, torch.finfo(metadata_dtype(dtype))
     channel = axis == "channel"
@@ -105,22 +108,49 @@ def _op(
     page, first = page.contiguous(), first.contiguous()
     # Rows of runs, whose tokens need not lie side by side: a prompt is read where it is.
     rows = x if x.dim() == 5 else x.unsqueeze(0)
-    (_, n, heads, unit, d), strides = rows.shape, rows.stride()[:4]
-    runs = page.numel()
-    with torch.cuda.device_of(x):
-        if not bits:
-            padded = triton.next_power_of_2(d)
-            programs = runs * heads * (unit // TILE_ROWS)
-            copy_tokens[(programs,)](words, x, page, first, heads, n, *strides, unit, d, padded)
-            return
-        pairs = _has_pairs(x.device)
-        constants = _constants(bits, axis, group_size, grid, unit, d, x.dtype, pairs)
-        programs = runs * heads * (unit // constants["SPAN"]) * constants["BLOCKS"]
-        of_valid = (0, 0, 0) if valid is None else valid.stride()
-        tensors = (words, scale, zero, x, page, first, valid)
-        quantize_tiles[(programs,)](
-            *tensors, heads, n, *strides[:3], *of_valid, strides[3], **constants
-        )
+    tensors = (words, scale, zero, x, page, first, valid) if bits else (words, x, page, first)
+    addresses = [None if t is None else t.data_ptr() for t in tensors]
+    launch = _launch(
+        (bits, axis, group_size, grid),
+        x.device,
+        (x.dtype, *(None if t is None else t.dtype for t in (words, scale, zero))),
+        rows.shape,
+        rows.stride(),
+        page.numel(),
+        None if valid is None else valid.stride(),
+        # Of numbers and addresses Triton compiles in whether 16 divides them.
+        tuple(a is None or a % 16 == 0 for a in addresses),
+    )
+    with on_device(x.device) if x.is_cuda else nullcontext():
+        if launch.compiled is None:
+            launch.first(*tensors)
+        else:
+            launch.again(stream(x.device), *addresses)
+
+
+@lru_cache(1024)
+def _launch(
+    spec: tuple[int, str, int | None, str],
+    device: torch.device,
+    dtypes: tuple[torch.dtype | None, ...],
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    runs: int,
+    of_valid: tuple[int, ...] | None,
+    aligned: tuple[bool, ...],
+) -> Launch:
+    """The launch for tensors like these; see `_op`, whose numbers are all in here."""
+    _, n, heads, unit, d = shape
+    if not spec[0]:
+        constants = (unit, d, triton.next_power_of_2(d))
+        fixed = (heads, n, *strides[:4], *constants)
+        return Launch(copy_tokens, (runs * heads * (unit // TILE_ROWS), 1, 1), fixed)
+    assert dtypes[0] is not None
+    compiled_for = dict(_constants(*spec, unit, d, dtypes[0], _has_pairs(device)))
+    warps = compiled_for.pop("num_warps")
+    programs = runs * heads * (unit // compiled_for["SPAN"]) * compiled_for["BLOCKS"]
+    fixed = (heads, n, *strides[:3], *(of_valid or (0, 0, 0)), strides[3], *compiled_for.values())
+    return Launch(quantize_tiles, (programs, 1, 1), fixed, num_warps=warps)
 
 
 # Not torch.library.custom_op, whose wrappers take 60 us a call; this takes 5.
@@ -151,4 +181,5 @@ def quantize_pack(
         valid = valid.flatten(0, 1) if x.dim() == 5 else valid
     assert spec is None or isinstance(spec, QuantSpec)
     of_spec = (spec.bits, spec.axis, spec.group_size, spec.grid) if spec else (0, "", None, "")
-    torch.ops.kivi.quantize_pack.default(*pages[:3], x, page, first, valid, *of_spec)
+    call = _op if direct(x, cpu=INTERPRETED) else torch.ops.kivi.quantize_pack.default
+    call(*pages[:3], x, page, first, valid, *of_spec)

@@ -1,0 +1,250 @@
+"""Steps: what storing new tokens does to a layer's counters, on the device and on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kivi.pages import CROP
+from kivi.spec import TILE_ROWS, KVSpec, check_count
+from kivi.view import CacheView
+
+SLACK = TILE_ROWS
+"""Tokens that fit into the ring before a unit must have left it."""
+
+
+Counts = tuple[list[int], list[int]]
+"""Lengths and packed lengths of the rows, on the host."""
+
+
+class Step(NamedTuple):
+    """What storing T columns does to the counters; computed before anything changes.
+
+    `position [B, T]` of each column in its row, -1 for padding; `length [B]` and `packed [B]`
+    afterwards; `units`: at most so many units leave the window of a row. `place` of up to SLACK
+    columns: the exact slot of the first one, if the host knows that those of all rows lie there
+    side by side; else rows `[B, 1]` and slots `[B, T]`. Tensors may be views of the counters, and
+    shared by layers: none is written.
+    """
+
+    position: Tensor
+    length: Tensor
+    packed: Tensor
+    units: int
+    place: int | tuple[Tensor, Tensor] | None
+
+
+def ring_slots(spec: KVSpec) -> int:
+    """W: room for R tokens, a unit that is not yet full, and SLACK new tokens."""
+    return spec.residual_length + spec.unit + SLACK
+
+
+def slots(spec: KVSpec, position: Tensor) -> Tensor:
+    """The exact slot of a position; the bin, S + W, for a negative one."""
+    sinks, ring = spec.sink_length, ring_slots(spec)
+    if sinks:
+        slot = torch.where(position < sinks, position, sinks + (position - sinks) % ring)
+    else:
+        slot = position % ring
+    return slot.masked_fill(position < 0, sinks + ring)
+
+
+def rows(x: Tensor) -> Tensor:
+    """The numbers of the rows of x `[B, ...]`, `[B, 1]`."""
+    return torch.arange(x.shape[0], device=x.device)[:, None]
+
+
+def common_slot(spec: KVSpec, lengths: list[int], t: int) -> int | None:
+    """The exact slot of the first of t new tokens, if those of all rows lie there side by side."""
+    first, sinks, ring = lengths[0], spec.sink_length, ring_slots(spec)
+    if lengths.count(first) != len(lengths):
+        return None
+    slot, end = (first, sinks) if first < sinks else (sinks + (first - sinks) % ring, sinks + ring)
+    return slot if slot + t <= end else None
+
+
+def plan(
+    view: CacheView,
+    spec: KVSpec,
+    t: int,
+    valid: Tensor | None,
+    units: int,
+    lengths: list[int] | None = None,
+) -> Step:
+    """The step that stores t columns, those of `valid [B, t]` only; at most `units` units leave.
+
+    `lengths` of the rows, if the host knows them and no column is padding.
+
+    A decode step in eager mode launches every operation here on its own: no more than it needs.
+    """
+    if valid is None:
+        position = view.length[:, None]
+        if t > 1:
+            position = position + torch.arange(t, device=view.length.device)
+        length = view.length + t
+    else:
+        position = torch.where(valid, view.length[:, None] + valid.cumsum(1) - 1, -1)
+        length = view.length + valid.sum(1)
+    place: int | tuple[Tensor, Tensor] | None = None
+    if t <= SLACK:
+        place = None if lengths is None else common_slot(spec, lengths, t)
+        if place is None:
+            place = rows(position), slots(spec, position)
+    if not units:
+        return Step(position, length, view.packed, 0, place)
+    window = length - view.packed - (spec.sink_length + spec.residual_length)
+    leaving = window.clamp_min(0) // spec.unit * spec.unit
+    return Step(position, length, view.packed + leaving, units, place)
+
+
+def plan_on_host(
+    spec: KVSpec, counts: Counts, new: list[int], max_length: int | None
+) -> tuple[Counts, int]:
+    """The counts after so many new tokens in each row, and the most units that leave a row.
+
+    Raises:
+        ValueError: for a row of more than `max_length` tokens.
+    """
+    window = spec.sink_length + spec.residual_length
+    lengths = [n + t for n, t in zip(counts[0], new, strict=True)]
+    if max_length is not None and max(lengths) > max_length:
+        raise ValueError(
+            f"k has {max(new)} more tokens, which makes rows of {lengths} tokens; "
+            f"max_length={max_length}"
+        )
+    pairs = zip(lengths, counts[1], strict=True)
+    units = [max(0, n - p - window) // spec.unit for n, p in pairs]
+    packed = [p + u * spec.unit for p, u in zip(counts[1], units, strict=True)]
+    return (lengths, packed), max(units)
+
+
+def traced_step(
+    view: CacheView, spec: KVSpec, t: int, valid: Tensor | None, max_length: int | None
+) -> Step:
+    """The step that stores t columns, where the host cannot see the counters."""
+    step = plan(view, spec, t, valid, (t - 1) // spec.unit + 1)
+    if max_length is not None:
+        torch._assert_async((step.length <= max_length).all(), "more tokens than max_length")
+    return step
+
+
+def next_step(
+    view: CacheView,
+    spec: KVSpec,
+    counts: Counts,
+    t: int,
+    valid: Tensor | None,
+    max_length: int | None,
+) -> tuple[Step, Counts]:
+    """The step that stores t columns, and the counts after it.
+
+    Args:
+        view: the layer's state.
+        spec: how it is packed.
+        counts: what the counters of the view hold.
+        t: columns.
+        valid: `[B, t]`, which columns are not padding; None if none is.
+        max_length: of a cache that does not grow.
+
+    Raises:
+        ValueError: for a row of more than `max_length` tokens.
+    """
+    new = [t] * len(counts[0]) if valid is None else valid.sum(1).tolist()
+    host, units = plan_on_host(spec, counts, new, max_length)
+    return plan(view, spec, t, valid, units, counts[0] if valid is None else None), host
+
+
+class Steps:
+    """Steps that the layers of a growing cache make alike, worked out by the first of them.
+
+    Every operation costs the host as much as a layer's attention takes. No layer may write to its
+    counters then, only replace them: they are the same tensors in all layers.
+    """
+
+    def __init__(self) -> None:
+        self._last: dict[Hashable, tuple[Counts, int, tuple[Step, Counts]]] = {}
+
+    def __reduce__(self) -> tuple[type[Steps], tuple[()]]:
+        return Steps, ()
+
+    def next(
+        self,
+        view: CacheView,
+        spec: KVSpec,
+        counts: Counts,
+        t: int,
+        valid: Tensor | None,
+        max_length: int | None,
+    ) -> tuple[Step, Counts]:
+        """What `next_step` says."""
+        if valid is not None or max_length is not None:
+            return next_step(view, spec, counts, t, valid, max_length)
+        kind = view.length.device, spec.sink_length, spec.residual_length, spec.unit
+        last = self._last.get(kind)
+        if last is None or last[1] != t or last[0] != counts:
+            with torch.inference_mode(False):  # layers keep them
+                last = counts, t, next_step(view, spec, counts, t, None, None)
+            self._last[kind] = last
+        return last[2]
+
+
+@torch.inference_mode(False)
+def _copy(x: Tensor) -> Tensor:
+    return x.clone()
+
+
+def kept(x: Tensor) -> Tensor:
+    """A tensor that outlives inference mode, the same one if it does."""
+    return _copy(x) if x.is_inference() else x
+
+
+def needed(window: int | None, counts: Counts | None, max_length: int | None) -> int | None:
+    """The window of queries, or None where no row reaches out of it: kernels need not look then.
+
+    Args:
+        window: the window.
+        counts: after the step, None if the host does not know them.
+        max_length: the most that a row can hold.
+    """
+    if window is None:
+        return None
+    longest = max_length if counts is None else max(counts[0])
+    return None if longest is None or longest <= window else window
+
+
+def cut(
+    spec: KVSpec, counts: Counts, tokens: int, window: int | None, forgotten: list[int]
+) -> Counts:
+    """The counts after dropping the last tokens; a packed unit is kept whole or not at all.
+
+    Args:
+        spec: how the layer is packed.
+        counts: the counts before.
+        tokens: how many are dropped.
+        window: of the layer's queries.
+        forgotten: packed tokens at the start of each row that are gone.
+
+    Raises:
+        ValueError: for more tokens than a row has, or if the next query would see forgotten ones.
+    """
+    check_count("tokens", tokens)
+    if tokens > min(counts[0]):
+        raise ValueError(f"tokens={tokens} is not allowed; the rows hold {counts[0]} tokens")
+    lengths = [n - tokens for n in counts[0]]
+    whole = [max(0, n - spec.sink_length) // spec.unit * spec.unit for n in lengths]
+    packed = [min(pair) for pair in zip(whole, counts[1], strict=True)]
+    for length, last, lost in zip(lengths, packed, forgotten, strict=True):
+        first = length + 1 - (window or length) - spec.sink_length
+        if lost > max(0, min(first, last)):
+            if tokens == 0:
+                raise ValueError(
+                    f"a step that failed has overwritten tokens in the window of {window}; reset()"
+                )
+            raise ValueError(
+                f"tokens={tokens} is not allowed; sliding_window={window} has forgotten what the "
+                f"rows would see then (up to {CROP} tokens can always be cropped)"
+            )
+    return lengths, packed
