@@ -15,10 +15,9 @@ from kivi.kernels.triton_formats import Formats
 from kivi.kernels.triton_gluon import decode_kernel
 from kivi.spec import PAGE_TOKENS, TILE_ROWS
 
-# Warps of a multiprocessor, two for each of its four schedulers: that is 170 to 255 registers a
-# thread. Where 168 are enough without spilling, three.
+# Warps of a multiprocessor: 170 to 255 registers a thread are two for each of its four schedulers.
+# A third would fit with 168, and brings nothing, even where nothing spills.
 RESIDENT = 8
-MORE_RESIDENT, FEWER_REGISTERS = 12, 168
 # Planes of 32 tokens a step: fewer instructions a token with more, but the loop must stay in the
 # instruction cache.
 PLANES = 4
@@ -72,7 +71,7 @@ def _gpu(device: torch.device) -> tuple[int, int, int]:
 def _resident(
     shared: int, d: int, planes: int, groups: tuple[int, int], as_bytes: bool, mapped: Mapped | None
 ) -> int:
-    """Programs that a multiprocessor of so much shared memory is to hold at once."""
+    """Programs that a multiprocessor of so much shared memory holds at once."""
     tokens = planes * TILE_ROWS
     if mapped is None:
         zeros = d // groups[1] if as_bytes or groups[1] == d else 8  # and ones
@@ -80,8 +79,7 @@ def _resident(
     else:
         metadata = 4 * tokens + 4 * d * (-(-tokens // mapped.center) if mapped.center else 1)
         metadata += 4 * d * mapped.smooth[1]
-    fit = shared // (4 * TILE_ROWS * d + metadata + 1024)
-    return MORE_RESIDENT if as_bytes and fit >= MORE_RESIDENT else max(1, min(RESIDENT, fit))
+    return max(1, min(RESIDENT, shared // (4 * TILE_ROWS * d + metadata + 1024)))
 
 
 def _steps(pages: int, planes: int, slots: int) -> int:
@@ -162,8 +160,7 @@ def _plan(
     same = bits[0] == bits[1] in BYTE_WIDTHS and d in BYTE_HEAD_DIMS
     as_bytes = mapped is not None or (rows <= BYTE_ROWS and same)
     planes = 8 // bits[0] if as_bytes else min(PLANES, 16 // max(bits))
-    warps = _resident(shared, d, planes, groups, as_bytes, mapped)
-    resident = multiprocessors * warps
+    resident = multiprocessors * _resident(shared, d, planes, groups, as_bytes, mapped)
     units = b * hkv * -(-rows // (BYTE_ROWS if as_bytes else 8))
     steps = _steps(columns, planes, slots)
     if mapped is None and 2 * units * steps <= resident:
@@ -190,7 +187,6 @@ def _plan(
         (b, hkv, blocks, rows, t, columns, slots, sinks)
         + (d, *bits, *groups, *offsets, planes, several, single, early, as_bytes, *how),
         num_warps=1,
-        **({"maxnreg": FEWER_REGISTERS} if as_bytes and warps == MORE_RESIDENT else {}),
     )
     if single:
         return Plan(main)

@@ -184,7 +184,7 @@ def decode_kernel(
                 Hkv, h, n, first, hi, softcap, D, KB, VB, KG, VG, K_ZERO, V_ZERO, NP,
                 MAPPED, CENTER,
             )  # fmt: skip
-            if MAPPED:
+            if MAPPED and first < hi:  # else there are no factors
                 x = inverse_hadamard(values[0], D, V_BLOCK)
                 if V_SMOOTH:
                     x = x * row_numbers(v_factor, D)
