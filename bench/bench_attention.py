@@ -63,14 +63,13 @@ def random_pages(spec: QuantSpec, count: int, heads: int, d: int, dtype: torch.d
 def random_view(
     spec: KVSpec, batch: int, heads: int, tokens: int, d: int, dtype: torch.dtype
 ) -> CacheView:
-    """A layer that holds `tokens` tokens in each row, its pages in random order."""
+    """A layer of `tokens` tokens in each row, besides sinks; its pages in random order."""
     assert spec.key is not None and spec.value is not None
     columns = tokens // 512
     count = batch * columns + 1
     slots = spec.sink_length + spec.residual_length + spec.unit + 32
     exact = [torch.randn(batch, heads, slots + 1, d, device="cuda").to(dtype) for _ in "kv"]
-    own = spec.sink_length + spec.residual_length
-    packed = max(0, tokens - own) // spec.unit * spec.unit
+    packed = max(0, tokens - spec.residual_length) // spec.unit * spec.unit
     smoothed = sum(d for x in (spec.key, spec.value) if x.smooth)
     table = torch.randperm(count - 1, device="cuda").view(batch, columns) + 1
     return CacheView(
@@ -80,7 +79,7 @@ def random_view(
         torch.full((batch,), packed, device="cuda"),
         exact[0],
         exact[1],
-        torch.full((batch,), tokens, device="cuda"),
+        torch.full((batch,), tokens + spec.sink_length, device="cuda"),
         torch.ones(batch, heads, smoothed, device="cuda") if smoothed else None,
     )
 

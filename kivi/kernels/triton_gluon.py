@@ -151,7 +151,6 @@ def decode_kernel(
                 factors = smooth + (b * Hkv + h) * ((K_SMOOTH + V_SMOOTH) * D)
             if K_SMOOTH:
                 own_q = own_q * channel_numbers(factors, D)
-            own_q = inverse_hadamard(own_q, D, K_BLOCK)
         if LATE:
             # Registers are dear: nothing but exact slots meets the query in this form.
             q = own_q
@@ -176,6 +175,8 @@ def decode_kernel(
             else:
                 fetch_zeros(v_zero, vz, at_page, sub, last, NP, NG)
             async_copy.commit_group()
+        if MAPPED:
+            own_q = inverse_hadamard(own_q, D, K_BLOCK)
 
         if BYTES:
             m, mass, values = attend_packed_bytes(
