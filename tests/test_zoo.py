@@ -73,6 +73,25 @@ def test_oscar():
     mostly_close(back("oscar", torch.tensor(X), True) @ matrix(64), groups, SCALE)
 
 
+def test_asymkv_has_two_bits_in_early_layers_and_one_after_them():
+    """Eq. of KIVI's grid at 2 or 1 bits; AsymKV-k/v is k layers of keys, v of values."""
+    x = torch.tensor(X)[None, None].float()
+    scheme = KVQuantizer.get("asymkv", key_layers=3, value_layers=1)
+    widths = [(s.key.bits, s.value.bits) for s in map(scheme.spec, range(5))]
+    assert widths == [(2, 2), (2, 1), (2, 1), (1, 1), (1, 1)]
+    for layer, (key_bits, value_bits) in enumerate(widths):
+        keys = np.concatenate([min_max(run, key_bits, 0) for run in np.split(X, 4)])
+        values = min_max(X.reshape(128, 2, 32), value_bits, 2).reshape(128, 64)
+        for quantize, expected in (
+            (scheme.quantize_key, keys),
+            (scheme.quantize_value, values),
+        ):
+            found = scheme.dequantize(quantize(x, layer_idx=layer))[0, 0].double().numpy()
+            mostly_close(found, expected, SCALE)
+    default = KVQuantizer.get("asymkv")
+    assert {default.spec(i) for i in range(80)} == {default.spec()}
+
+
 @pytest.mark.parametrize("bits", [2, 4])
 def test_exllamav3(bits):
     blocks = X.reshape(128, 2, 32) @ matrix(32)
@@ -256,6 +275,7 @@ def test_kvtuner_reads_bits_for_each_layer(tmp_path):
         ("qjl", {}, (3 + 16 / 128 + 3) / 2),
         ("kvtuner", {}, 4.0),
         ("kvarn", {}, 3.375),
+        ("asymkv", {}, 1.5 + 1),
         ("polarquant", {}, 3.875),
     ],
 )
