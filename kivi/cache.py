@@ -14,6 +14,7 @@ from torch import Tensor
 from kivi import checks, store
 from kivi.attention import Impl, get_ops
 from kivi.pages import CacheBytes, PageTable
+from kivi.sinks import Rotate, before_sinks, with_sinks
 from kivi.smoothing import new_smooth
 from kivi.spec import KVSpec, check_choice, check_count
 from kivi.view import CacheView
@@ -38,6 +39,7 @@ class LayerCache:
         device: where the cache lives.
         impl: "auto", "eager", "compile" or "triton".
         check_finite: refuse keys and values with NaN or infinities (reads the device each time).
+        rotate: the model's rotary embedding, for a spec with a window (`kivi.sinks`).
 
     Raises:
         ValueError: for a size, dtype or implementation that is not allowed, or group sizes that do
@@ -59,6 +61,7 @@ class LayerCache:
         device: torch.device | str = "cpu",
         impl: Impl = "auto",
         check_finite: bool = False,
+        rotate: Rotate | None = None,
     ) -> None:
         value_head_dim = head_dim if value_head_dim is None else value_head_dim
         check_count("batch_size", batch_size, 1)
@@ -68,13 +71,12 @@ class LayerCache:
         check_choice("dtype", dtype, checks.DTYPES)
         spec.bits_per_element(head_dim, value_head_dim)  # raises where one does not fit
         self.spec, self.max_length, self.check_finite = spec, max_length, check_finite
-        self.sliding_window = sliding_window
-        self.batch_size, self.num_kv_heads = batch_size, num_kv_heads
-        self.head_dim, self.value_head_dim, self.dtype = head_dim, value_head_dim, dtype
-        self.device = checks.check_device(device)
+        self.sliding_window, self.rotate, self.batch_size = sliding_window, rotate, batch_size
+        self.num_kv_heads, self.head_dim, self.dtype = num_kv_heads, head_dim, dtype
+        self.value_head_dim, self.device = value_head_dim, checks.check_device(device)
         shape, where = (batch_size, num_kv_heads, (head_dim, value_head_dim)), (dtype, self.device)
         self._ops = get_ops(impl, spec, shape[2], *where)
-        self._pages = PageTable(spec, *shape, *where, max_length, sliding_window)
+        self._pages = PageTable(spec, *shape, *where, max_length, spec.narrow(sliding_window))
         self._table = torch.zeros(batch_size, 0, dtype=torch.int64, device=self.device)
         slots = (batch_size, num_kv_heads, spec.sink_length + store.ring_slots(spec) + 1)
         self._exact_key = torch.zeros(*slots, head_dim, dtype=dtype, device=self.device)
@@ -174,7 +176,7 @@ class LayerCache:
                 layer's.
         """
         self._check(k, v, valid)
-        sliding_window = checks.check_window(sliding_window, self.sliding_window)
+        window = self.spec.narrow(checks.check_window(sliding_window, self.sliding_window))
         checks.check_query(q, k, mask, softcap, s_aux)
         b, _, t, d = k.shape
         if t == 0:
@@ -182,20 +184,21 @@ class LayerCache:
         scale = d**-0.5 if scale is None else scale
         step, host = self._step(t, valid)
         query = step.position if valid is None else step.position.clamp_min(0)
-        options = (store.needed(sliding_window, host, self.max_length), softcap, s_aux)
-        view = self._view()
+        options = (store.needed(window, host, self.max_length), softcap, s_aux)
+        view, (query, mask) = self._view(), before_sinks(query, mask, self.spec, options[0])
         if t <= store.SLACK:
             store.write_exact(view, self.spec, k, v, step.position)
         if t <= store.SLACK and mask is None:
             view = view._replace(length=step.length)
-            out, _ = self._ops.decode_attention(q, view, self.spec, query, scale, *options)
+            out, lse = self._ops.decode_attention(q, view, self.spec, query, scale, *options)
         else:
             past = None if self._is_empty() else view
-            out, _ = self._ops.extend_attention(
+            out, lse = self._ops.extend_attention(
                 q, k, v, past, self.spec, query, scale, valid, mask, *options
             )
         self._store(k, v, valid, step, host)
-        return out  # type: ignore[no-any-return]
+        others = (query, scale, *options[:2], self.rotate)
+        return with_sinks(out, lse, q, self._view(), self.spec, *others)
 
     @torch.inference_mode(False)
     def select(self, indices: Tensor | list[int]) -> None:
@@ -261,9 +264,8 @@ class LayerCache:
 
     def check_crop(self, tokens: int) -> store.Counts:
         """What `crop` raises, and the counts after it; nothing changes."""
-        counts = self._mirror()
-        lost = self._pages.forgotten(counts[1])
-        return store.cut(self.spec, counts, tokens, self.sliding_window, lost)
+        counts, window = self._mirror(), self.spec.narrow(self.sliding_window)
+        return store.cut(self.spec, counts, tokens, window, self._pages.forgotten(counts[1]))
 
     def reset(self) -> None:
         """Forget all tokens; buffers and, with `max_length`, addresses stay."""

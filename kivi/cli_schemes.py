@@ -40,6 +40,7 @@ PRESETS: dict[str, tuple[str, ...]] = {
         "kivi:bits=4",
         "kivi",
         "kivi:group_size=128",
+        "streaming_llm",
         "asymkv",
         "kvtuner",
         "kvarn",

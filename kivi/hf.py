@@ -29,6 +29,7 @@ from kivi.attention import Impl
 from kivi.hf_attention import ATTENTION
 from kivi.hf_layer import PackedLayer
 from kivi.hf_masks import Shared
+from kivi.hf_rope import rotation
 from kivi.hf_schemes import Schemes, layer_schemes
 from kivi.pages import CacheBytes
 from kivi.spec import check_count
@@ -54,8 +55,8 @@ class KVCache(Cache):
         options: the scheme's options, where `scheme` is a name.
 
     Raises:
-        ValueError: for an encoder-decoder model, an unknown scheme or option, or schemes that do
-            not fit the model's layers.
+        ValueError: for an encoder-decoder model, an unknown scheme or option, schemes that do not
+            fit the model's layers, or one that drops tokens without rotary embeddings to turn.
     """
 
     def __init__(
@@ -86,7 +87,9 @@ class KVCache(Cache):
             if packs and types[i] != "chunked_attention":
                 window = getattr(kind, "sliding_window", None)
                 spec = self.schemes[i].spec(i)
-                layers.append(PackedLayer(spec, window, max_length, impl, check_finite, shared))
+                rotate = None if spec.window is None else rotation(model, i)
+                common = (max_length, impl, check_finite, shared)
+                layers.append(PackedLayer(spec, window, *common, rotate))
             else:
                 foreign.add(type(kind).__name__)
                 layers.append(kind)
@@ -182,6 +185,7 @@ class KVCache(Cache):
         for layer, columns in zip(cache.layers, saved.layers, strict=True):
             if isinstance(layer, PackedLayer) and columns is not None:
                 layer.columns, layer.is_initialized = columns, True
+                columns.cache.rotate = layer.rotate
                 columns.shared = layer.shared
         return cache
 

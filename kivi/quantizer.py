@@ -17,6 +17,7 @@ from torch import Tensor
 from kivi.attention import Impl
 from kivi.cache import LayerCache
 from kivi.quantize import PackedTensor, dequantize, quantize
+from kivi.sinks import Rotate
 from kivi.spec import KVSpec
 
 _SCHEMES: dict[str, type[KVQuantizer]] = {}
@@ -122,6 +123,7 @@ class KVQuantizer(ABC):
         impl: Impl = "auto",
         check_finite: bool = False,
         layer_idx: int | None = None,
+        rotate: Rotate | None = None,
     ) -> LayerCache:
         """An empty cache for one layer. Arguments and errors: see `kivi.cache.LayerCache`."""
         return LayerCache(
@@ -136,6 +138,7 @@ class KVQuantizer(ABC):
             device=device,
             impl=impl,
             check_finite=check_finite,
+            rotate=rotate,
         )
 
 

@@ -222,24 +222,34 @@ class KVSpec:
         value: likewise for the values.
         residual_length: R, the most recent tokens that always stay exact.
         sink_length: S, the first tokens that always stay exact.
+        window: queries see so many most recent tokens, themselves included, and the sinks; what
+            lies between is dropped, and sinks move up to the window (`kivi.sinks`). None keeps all.
 
     Raises:
-        ValueError: for a negative or non-integer length.
+        ValueError: for a negative or non-integer length, or a window below 1.
     """
 
     key: Spec | None
     value: Spec | None
     residual_length: int = 128
     sink_length: int = 0
+    window: int | None = None
 
     def __post_init__(self) -> None:
         check_count("residual_length", self.residual_length)
         check_count("sink_length", self.sink_length)
+        check_count("window", 1 if self.window is None else self.window, 1)
 
     @property
     def unit(self) -> int:
         """Tokens that leave the exact window together: whole planes and whole groups."""
         return max([TILE_ROWS, *(s.unit for s in (self.key, self.value) if s is not None)])
+
+    def narrow(self, window: int | None) -> int | None:
+        """The smaller of a window of queries and the spec's own; None where there is neither."""
+        if window is None or self.window is None:
+            return self.window if window is None else window
+        return min(window, self.window)
 
     def bits_per_element(self, head_dim: int, value_head_dim: int | None = None) -> float:
         """Mean bits of a packed key or value element; 16 for what stays unquantized."""

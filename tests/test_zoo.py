@@ -102,6 +102,49 @@ def test_exllamav3(bits):
     mostly_close(found, s * (code + 0.5 - half) / half, SCALE)
 
 
+def rope(x, positions):
+    """Rotate pairs `(i, i + D/2)` of `[..., T, D]` by `position * 100^(-2 i / D)`."""
+    half = x.shape[-1] // 2
+    angle = positions[..., None] * 100.0 ** (-torch.arange(half) / half)
+    a, b = x[..., :half], x[..., half:]
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+@pytest.mark.parametrize(
+    ("split", "impl"),
+    [((1,) * 90, "eager"), ((3, 40, 33, 14), "eager"), ((60, 1, 1, 20, 8), "triton")],
+    ids=("steps", "chunks", "kernel"),
+)
+def test_streaming_llm_attends_at_positions_within_the_cache(split, impl):
+    """Section 3.2: keys before RoPE; each step rotates those in the cache by their place in it."""
+    scheme = KVQuantizer.get("streaming_llm", window=24, residual_length=9)
+    q, k, v = randn(3, 2, 1, 90, 16).double()
+    expected, place = [], torch.arange(90)
+    for t in range(90):
+        kept = torch.tensor([i for i in range(t + 1) if i < 4 or i > t - 24])
+        own = rope(q[:, :, t : t + 1], place[len(kept) - 1 : len(kept)])
+        keys = rope(k[:, :, kept], place[: len(kept)])
+        weight = (own @ keys.transpose(-1, -2) / 4).softmax(-1)
+        expected.append(weight @ v[:, :, kept])
+
+    def rotate(x, positions):
+        return rope(x, positions[:, None])
+
+    shape = {"batch_size": 2, "num_kv_heads": 1, "head_dim": 16, "dtype": torch.float32}
+    shape |= {"impl": impl}
+    layer = scheme.new_layer(**shape, rotate=rotate)
+    still, out, start = scheme.new_layer(**shape), [], 0
+    for n in split:
+        part = slice(start, start + n)
+        now = [rope(x, place)[:, :, part].float() for x in (q, k)] + [v[:, :, part].float()]
+        out.append(layer.decode(*now))
+        other = still.decode(*now)
+        start += n
+    assert torch.allclose(torch.cat(out, 2), torch.cat(expected, 2).float(), atol=1e-5)
+    assert not torch.allclose(other, out[-1], atol=1e-2)  # without a rotation, sinks stay behind
+
+
 def test_plumb():
     """Rotate, subtract the mean, midpoint levels, and a scale for which <x^, x> = <x, x>."""
     rotated = X @ matrix(64)
