@@ -43,6 +43,8 @@ PRESETS: dict[str, tuple[str, ...]] = {
         "streaming_llm",
         "asymkv",
         "kvtuner",
+        "kitty",
+        "kitty:boost=0.25",
         "kvarn",
         "polarquant",
         "oscar",

@@ -102,6 +102,16 @@ def test_exllamav3(bits):
     mostly_close(found, s * (code + 0.5 - half) / half, SCALE)
 
 
+@pytest.mark.parametrize("boost", [0.1, 0.25, 1])
+def test_kitty(boost):
+    """The channels of largest mean |k| have 16 levels over a page of 128 tokens, others 4."""
+    boosted = np.argsort(-np.abs(X).mean(0))[: int(64 * boost)]
+    expected = min_max(X, 2, 0)
+    expected[:, boosted] = min_max(X, 4, 0)[:, boosted]
+    mostly_close(back("kitty", torch.tensor(X), boost=boost), expected, SCALE)
+    mostly_close(back("kitty", torch.tensor(X), True), min_max(X, 2, 1), SCALE)
+
+
 def rope(x, positions):
     """Rotate pairs `(i, i + D/2)` of `[..., T, D]` by `position * 100^(-2 i / D)`."""
     half = x.shape[-1] // 2
@@ -319,6 +329,8 @@ def test_kvtuner_reads_bits_for_each_layer(tmp_path):
         ("kvtuner", {}, 4.0),
         ("kvarn", {}, 3.375),
         ("asymkv", {}, 1.5 + 1),
+        ("kitty", {}, 2.25 + (2 * 12 + 16 * 12 / 128) / 128 / 2),
+        ("kitty", dict(boost=0.25), 2.25 + (2 * 32 + 16 * 32 / 128) / 128 / 2),
         ("polarquant", {}, 3.875),
     ],
 )
