@@ -14,7 +14,7 @@ from torch import Tensor
 from kivi import checks, store
 from kivi.attention import Impl, get_ops
 from kivi.pages import CacheBytes, PageTable
-from kivi.sinks import Rotate, before_sinks, with_sinks
+from kivi.sinks import before_sinks, with_sinks
 from kivi.smoothing import new_smooth
 from kivi.spec import KVSpec, check_choice, check_count
 from kivi.view import CacheView
@@ -39,7 +39,6 @@ class LayerCache:
         device: where the cache lives.
         impl: "auto", "eager", "compile" or "triton".
         check_finite: refuse keys and values with NaN or infinities (reads the device each time).
-        rotate: the model's rotary embedding, for a spec with a window (`kivi.sinks`).
 
     Raises:
         ValueError: for a size, dtype or implementation that is not allowed, or group sizes that do
@@ -61,7 +60,6 @@ class LayerCache:
         device: torch.device | str = "cpu",
         impl: Impl = "auto",
         check_finite: bool = False,
-        rotate: Rotate | None = None,
     ) -> None:
         value_head_dim = head_dim if value_head_dim is None else value_head_dim
         check_count("batch_size", batch_size, 1)
@@ -71,9 +69,10 @@ class LayerCache:
         check_choice("dtype", dtype, checks.DTYPES)
         spec.bits_per_element(head_dim, value_head_dim)  # raises where one does not fit
         self.spec, self.max_length, self.check_finite = spec, max_length, check_finite
-        self.sliding_window, self.rotate, self.batch_size = sliding_window, rotate, batch_size
-        self.num_kv_heads, self.head_dim, self.dtype = num_kv_heads, head_dim, dtype
-        self.value_head_dim, self.device = value_head_dim, checks.check_device(device)
+        self.sliding_window = sliding_window
+        self.batch_size, self.num_kv_heads = batch_size, num_kv_heads
+        self.head_dim, self.value_head_dim, self.dtype = head_dim, value_head_dim, dtype
+        self.device = checks.check_device(device)
         shape, where = (batch_size, num_kv_heads, (head_dim, value_head_dim)), (dtype, self.device)
         self._ops = get_ops(impl, spec, shape[2], *where)
         self._pages = PageTable(spec, *shape, *where, max_length, spec.narrow(sliding_window))
@@ -197,8 +196,8 @@ class LayerCache:
                 q, k, v, past, self.spec, query, scale, valid, mask, *options
             )
         self._store(k, v, valid, step, host)
-        others = (query, scale, *options[:2], self.rotate)
-        return with_sinks(out, lse, q, self._view(), self.spec, *others)
+        view = self._view()
+        return with_sinks(out, lse, q, view, self.spec, query, scale, *options[:2])
 
     @torch.inference_mode(False)
     def select(self, indices: Tensor | list[int]) -> None:

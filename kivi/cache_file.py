@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kivi.attention import Impl
 from kivi.cache import LayerCache
-from kivi.spec import KVSpec, OpaqueSpec, QuantSpec
+from kivi.spec import KVSpec, OpaqueSpec, QuantSpec, Rope
 
 
 def describe(cache: LayerCache) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -117,4 +117,5 @@ def _of_rows(cache: LayerCache) -> dict[str, Tensor]:
 
 def _spec(fields: dict[str, Any]) -> KVSpec:
     key, value = (x if x is None else QuantSpec(**x) for x in (fields["key"], fields["value"]))
-    return KVSpec(**{**fields, "key": key, "value": value})
+    rope = fields.get("rope") and Rope(*map(tuple, fields["rope"].values()))
+    return KVSpec(**{**fields, "key": key, "value": value, "rope": rope})

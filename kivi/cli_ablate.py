@@ -32,7 +32,7 @@ from kivi.evals.passkey import PasskeySample, PasskeyTemplate, passkey_batch
 from kivi.evals.report import Settings, write_report
 from kivi.evals.rows import COLUMNS, cells, make_row
 from kivi.hf import KVCache
-from kivi.hf_rope import rotation
+from kivi.hf_rope import find_rope
 
 ATTENTION_TEXTS = 1
 """Texts whose attention is compared; each adds its queries, keys and values to memory."""
@@ -218,7 +218,6 @@ def make_candidate(loaded: LoadedModel, label: str, scheme: KVQuantizer, impl: s
         return KVCache(loaded.model, scheme, impl=implementation)
 
     def make_layer(layer_idx: int, x: AttentionInputs) -> LayerCache:
-        window = scheme.spec(layer_idx).window
         return scheme.new_layer(
             batch_size=x.k.shape[0],
             num_kv_heads=x.k.shape[1],
@@ -228,7 +227,7 @@ def make_candidate(loaded: LoadedModel, label: str, scheme: KVQuantizer, impl: s
             device=x.k.device,
             impl=implementation,
             layer_idx=layer_idx,
-            rotate=None if window is None else rotation(loaded.model, layer_idx),
+            rope=find_rope(loaded.model, layer_idx),
         )
 
     return Candidate(label, make_cache, make_layer)

@@ -13,7 +13,6 @@ from kivi.attention import Impl, get_ops
 from kivi.cache import LayerCache
 from kivi.hf_handles import Columns
 from kivi.hf_masks import Shared
-from kivi.sinks import Rotate
 from kivi.spec import KVSpec
 
 
@@ -28,7 +27,6 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         impl: see `kivi.cache.LayerCache`.
         check_finite: see `kivi.cache.LayerCache`.
         shared: what the layers of a cache share.
-        rotate: see `kivi.cache.LayerCache`.
     """
 
     is_croppable = True
@@ -43,13 +41,11 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         impl: Impl,
         check_finite: bool,
         shared: Shared,
-        rotate: Rotate | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         get_ops(impl, spec)  # refuses before anything is allocated
         self.spec, self.sliding_window, self.max_length = spec, sliding_window, max_length
         self.impl, self.check_finite, self.shared = impl, check_finite, shared
-        self.rotate = rotate
         self.is_compileable = max_length is not None and not check_finite
 
     @property
@@ -75,7 +71,6 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             device=key_states.device,
             impl=self.impl,
             check_finite=self.check_finite,
-            rotate=self.rotate,
         )
         self.columns = Columns(cache, self.sliding_window, self.shared)
         self.is_initialized = True

@@ -17,8 +17,7 @@ from torch import Tensor
 from kivi.attention import Impl
 from kivi.cache import LayerCache
 from kivi.quantize import PackedTensor, dequantize, quantize
-from kivi.sinks import Rotate
-from kivi.spec import KVSpec
+from kivi.spec import KVSpec, Rope
 
 _SCHEMES: dict[str, type[KVQuantizer]] = {}
 
@@ -123,11 +122,14 @@ class KVQuantizer(ABC):
         impl: Impl = "auto",
         check_finite: bool = False,
         layer_idx: int | None = None,
-        rotate: Rotate | None = None,
+        rope: Rope | None = None,
     ) -> LayerCache:
-        """An empty cache for one layer. Arguments and errors: see `kivi.cache.LayerCache`."""
+        """An empty cache for one layer. Arguments and errors: see `kivi.cache.LayerCache`.
+
+        `rope`: how the model turns keys, for schemes that turn them anew.
+        """
         return LayerCache(
-            self.spec(layer_idx),
+            self.spec(layer_idx).with_rope(rope),
             batch_size,
             num_kv_heads,
             head_dim,
@@ -138,7 +140,6 @@ class KVQuantizer(ABC):
             device=device,
             impl=impl,
             check_finite=check_finite,
-            rotate=rotate,
         )
 
 

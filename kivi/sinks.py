@@ -4,22 +4,18 @@ Pages, masks and kernels know the window as a sliding one, which hides the sinks
 Here attention over these few is added. Positions are those within the cache (StreamingLLM,
 2309.17453, section 3.2): with S sinks and a window of W a query stands at most at S + W - 1. From
 tokens of the window it is as far as ever; towards the sinks it is turned back by all that was
-dropped.
+dropped, if the model's rotary embedding is known.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from kivi.kernels.reference import merge, partial_attention
 from kivi.spec import KVSpec
+from kivi.transforms import turn
 from kivi.view import CacheView
-
-Rotate = Callable[[Tensor, Tensor], Tensor]
-"""Turns `x [B, H, T, D]` float32 on by `[B, T]` int64 positions, as a model's rotary embedding."""
 
 
 def before_sinks(
@@ -46,7 +42,6 @@ def with_sinks(
     scale: float,
     window: int | None,
     softcap: float | None,
-    rotate: Rotate | None,
 ) -> Tensor:
     """Attention over the window, joined by the sinks that lie before it.
 
@@ -60,7 +55,6 @@ def with_sinks(
         scale: factor of the scores.
         window: of the queries, None where no row reaches out of it.
         softcap: scores become `softcap * tanh(score / softcap)`.
-        rotate: None leaves the distances to sinks as they are.
 
     Returns:
         `[B, Hq, T, Dv]` like `out`.
@@ -72,8 +66,9 @@ def with_sinks(
     held = (index < view.length[:, None])[:, None, :, None]
     before = (query_position[:, :, None] - index >= window).unsqueeze(1)
     k, v = (torch.where(held, x[:, :, :sinks], 0) for x in (view.exact_key, view.exact_value))
-    if rotate is not None:
-        q = rotate(q.float(), (sinks + window - 1 - query_position).clamp_max(0))
+    if spec.rope is not None:
+        dropped = (sinks + window - 1 - query_position).clamp_max(0)
+        q = turn(q.float(), dropped.unsqueeze(1), spec.rope)
     allow = before & held.transpose(-1, -2)
     both, _ = merge([(out.float(), lse), partial_attention(q, k, v, allow, scale, softcap)])
     return both.to(out.dtype)

@@ -8,7 +8,7 @@ page `P` = 512 [tokens], residual length `R` [tokens kept exact at the end], sin
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, get_args
 
 if TYPE_CHECKING:
@@ -163,6 +163,19 @@ class QuantSpec:
         return self.bits + WORD_BITS * (shared + (1 / self.center if self.center else 0))
 
 
+@dataclass(frozen=True)
+class Rope:
+    """A model's rotary embedding: channel i of a token at position p is turned with its partner.
+
+    It becomes `cos(p f_i) x_i - sin(p f_i) x_partner(i)`. `frequency`: f, signed, in radians; 0 for
+    channels that are not turned. `partner`: the other channel of each pair. Channels past their end
+    are not turned either.
+    """
+
+    frequency: tuple[float, ...]
+    partner: tuple[int, ...]
+
+
 class OpaqueSpec(ABC):
     """How one tensor is stored by a scheme that no QuantSpec describes: a frozen dataclass.
 
@@ -224,6 +237,7 @@ class KVSpec:
         sink_length: S, the first tokens that always stay exact.
         window: queries see so many most recent tokens, themselves included, and the sinks; what
             lies between is dropped, and sinks move up to the window (`kivi.sinks`). None keeps all.
+        rope: how the model turns keys, where there is a window (see `with_rope`).
 
     Raises:
         ValueError: for a negative or non-integer length, or a window below 1.
@@ -234,6 +248,7 @@ class KVSpec:
     residual_length: int = 128
     sink_length: int = 0
     window: int | None = None
+    rope: Rope | None = None
 
     def __post_init__(self) -> None:
         check_count("residual_length", self.residual_length)
@@ -244,6 +259,10 @@ class KVSpec:
     def unit(self) -> int:
         """Tokens that leave the exact window together: whole planes and whole groups."""
         return max([TILE_ROWS, *(s.unit for s in (self.key, self.value) if s is not None)])
+
+    def with_rope(self, rope: Rope | None) -> KVSpec:
+        """The spec in a model that turns keys so: for sinks that move."""
+        return self if self.window is None else replace(self, rope=rope)
 
     def narrow(self, window: int | None) -> int | None:
         """The smaller of a window of queries and the spec's own; None where there is neither."""

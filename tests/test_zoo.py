@@ -14,6 +14,7 @@ from kivi.evals.attention_error import attention_errors
 from kivi.evals.pathologies import PATHOLOGIES, pathology
 from kivi.evals.tuning import choose_pairs
 from kivi.kernels.reference import partial_attention
+from kivi.spec import Rope
 from kivi.transforms import random_matrix
 
 
@@ -138,12 +139,11 @@ def test_streaming_llm_attends_at_positions_within_the_cache(split, impl):
         weight = (own @ keys.transpose(-1, -2) / 4).softmax(-1)
         expected.append(weight @ v[:, :, kept])
 
-    def rotate(x, positions):
-        return rope(x, positions[:, None])
-
+    frequency = 100.0 ** (-torch.arange(8) / 8)
+    turned = Rope((*frequency.tolist(), *(-frequency).tolist()), (*range(8, 16), *range(8)))
     shape = {"batch_size": 2, "num_kv_heads": 1, "head_dim": 16, "dtype": torch.float32}
     shape |= {"impl": impl}
-    layer = scheme.new_layer(**shape, rotate=rotate)
+    layer = scheme.new_layer(**shape, rope=turned)
     still, out, start = scheme.new_layer(**shape), [], 0
     for n in split:
         part = slice(start, start + n)
