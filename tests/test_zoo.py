@@ -10,8 +10,10 @@ from typer.testing import CliRunner
 
 from kivi import KVQuantizer
 from kivi.__main__ import app
-from kivi.evals.attention_error import attention_errors
+from kivi.cli_model import open_model
+from kivi.evals.attention_error import AttentionInputs, attention_errors, record_attention
 from kivi.evals.pathologies import PATHOLOGIES, pathology
+from kivi.evals.rotations import attention_rotations
 from kivi.evals.tuning import choose_pairs
 from kivi.kernels.reference import partial_attention
 from kivi.spec import Rope
@@ -65,13 +67,15 @@ def test_quarot(bits, value):
     mostly_close(back("quarot", torch.tensor(X), value, bits=bits) @ matrix(64), expected, SCALE)
 
 
-def test_oscar():
+def test_oscar_omni():
     rotated = X @ matrix(64)
     norm = np.linalg.norm(rotated, axis=1, keepdims=True)
     keys = [min_max(run, 2, 0) for run in np.split(rotated / norm, 4)]
-    mostly_close(back("oscar", torch.tensor(X)) @ matrix(64), np.concatenate(keys) * norm, SCALE)
+    mostly_close(
+        back("oscar_omni", torch.tensor(X)) @ matrix(64), np.concatenate(keys) * norm, SCALE
+    )
     groups = min_max(rotated.reshape(128, 2, 32), 2, 2).reshape(128, 64)
-    mostly_close(back("oscar", torch.tensor(X), True) @ matrix(64), groups, SCALE)
+    mostly_close(back("oscar_omni", torch.tensor(X), True) @ matrix(64), groups, SCALE)
 
 
 def test_asymkv_has_two_bits_in_early_layers_and_one_after_them():
@@ -91,6 +95,79 @@ def test_asymkv_has_two_bits_in_early_layers_and_one_after_them():
             mostly_close(found, expected, SCALE)
     default = KVQuantizer.get("asymkv")
     assert {default.spec(i) for i in range(80)} == {default.spec()}
+
+
+def test_oscar_alone_is_no_name():
+    """OScaR and OSCAR are two papers: who asks for either is told of both."""
+    with pytest.raises(ValueError, match="did you mean 'oscar_cov' or 'oscar_omni'"):
+        KVQuantizer.get("oscar")
+    papers = {name: KVQuantizer.get(name).paper for name in ("oscar_cov", "oscar_omni")}
+    assert papers == {"oscar_cov": "2605.17757", "oscar_omni": "2605.19660"}
+
+
+def clipped(rotated, rank):
+    """Cut off at the magnitude of this rank of each token, then asymmetric INT2."""
+    most = np.sort(np.abs(rotated), 1)[:, rank : rank + 1]
+    return min_max(np.clip(rotated, -most, most), 2, 1)
+
+
+def test_oscar_cov():
+    for value, rank in ((False, int(0.96 * 64)), (True, int(0.92 * 64))):
+        found = back("oscar_cov", torch.tensor(X), value) @ matrix(64)
+        mostly_close(found, clipped(X @ matrix(64), rank), SCALE)
+
+
+def test_oscar_cov_turns_to_what_attention_uses(tmp_path):
+    """Keys by `Q^T Q`, values by `V^T diag(w) V` with `w = k Q^T Q k`, both as `U H P`."""
+    q, k, v = (randn(1, h, 300, 64, seed=h) * torch.arange(1, 65) for h in (4, 2, 3))
+    v = v[:, :2]
+    found = attention_rotations(AttentionInputs(q, k, v, q, 1.0))
+    wanted = [np.zeros((64, 64)), np.zeros((64, 64))]
+    for head in range(2):
+        own = q[0, 2 * head : 2 * head + 2].double().reshape(-1, 64).numpy()
+        keys, values = (x[0, head].double().numpy() for x in (k, v))
+        wanted[0] += own.T @ own
+        weight = np.einsum("td,de,te->t", keys, own.T @ own, keys)
+        wanted[1] += values.T @ np.diag(weight / weight.sum()) @ values
+    bits = [int(f"{i:06b}"[::-1], 2) for i in range(64)]
+    for mine, covariance in zip(found, wanted, strict=True):
+        sizes, u = np.linalg.eigh(covariance)
+        place = np.empty(64, int)
+        place[bits] = np.argsort(-sizes)
+        mixed = (u @ matrix(64))[:, place]
+        # An eigenvector has no sign: compare what every column holds of each direction.
+        assert np.allclose(np.abs(u.T @ mine.double().numpy()), 1 / 8, atol=1e-4)
+        assert np.allclose(mine.double().numpy().T @ mine.double().numpy(), np.eye(64), atol=1e-5)
+        signs = np.sign(u.T @ mine.double().numpy()) * np.sign(u.T @ mixed)
+        assert (signs == signs[:, :1]).all()
+
+
+def test_tune_writes_rotations_that_help(tmp_path):
+    out = tmp_path / "rotations.safetensors"
+    options = ["--out", str(out), "--scheme", "oscar_cov", "--context", "700"]
+    result = CliRunner().invoke(app, ["tune", *options])
+    assert result.exit_code == 0, result.output
+    scheme = KVQuantizer.get("oscar_cov", file=str(out))
+    assert scheme.bits_per_element(64) == 2.5
+    loaded = open_model("embedded", "cpu", "auto")
+    inputs = record_attention(loaded.model, loaded.text_tokens(None)[0][None, 2000:2700])
+    errors = []
+    for one in (scheme, KVQuantizer.get("oscar_cov")):
+
+        def make_layer(i, x, one=one):
+            shape = {"batch_size": 1, "num_kv_heads": 2, "head_dim": 64, "dtype": torch.float32}
+            return one.new_layer(**shape, layer_idx=i)
+
+        errors.append(sum(attention_errors(inputs, make_layer, prefill=640)))
+    assert errors[0] < errors[1]
+    with pytest.raises(ValueError, match=r"has no 'key.9' for head_dim=64"):
+        scheme.new_layer(batch_size=1, num_kv_heads=1, head_dim=64, layer_idx=9)
+    with pytest.raises(ValueError, match=r"has no 'key.0' for head_dim=32"):
+        scheme.new_layer(batch_size=1, num_kv_heads=1, head_dim=32)
+    (tmp_path / "no").write_text("{}")
+    for name in ("no", "nothing"):
+        with pytest.raises(ValueError, match=f"file='.*{name}'"):
+            KVQuantizer.get("oscar_cov", file=str(tmp_path / name))
 
 
 @pytest.mark.parametrize("bits", [2, 4])
@@ -319,7 +396,7 @@ def test_kvtuner_reads_bits_for_each_layer(tmp_path):
         ("plumb", dict(value_bits=1), 1.5 + 2 * 16 / 128),
         ("quarot", {}, 4.25),
         ("atom", {}, 4.25),
-        ("oscar", {}, 3 + 16 / 128 / 2),
+        ("oscar_omni", {}, 3 + 16 / 128 / 2),
         ("exllamav3", {}, 4.5),
         ("fp8", {}, 8),
         ("nvfp4", {}, 4.5),
@@ -329,6 +406,7 @@ def test_kvtuner_reads_bits_for_each_layer(tmp_path):
         ("kvtuner", {}, 4.0),
         ("kvarn", {}, 3.375),
         ("asymkv", {}, 1.5 + 1),
+        ("oscar_cov", {}, 2.25),
         ("kitty", {}, 2.25 + (2 * 12 + 16 * 12 / 128) / 128 / 2),
         ("kitty", dict(boost=0.25), 2.25 + (2 * 32 + 16 * 32 / 128) / 128 / 2),
         ("polarquant", {}, 3.875),
@@ -399,6 +477,7 @@ def test_pairs_go_where_they_help_most():
         (["--context", "319"], "context=319 is not allowed; it must be >= 320"),
         (["--out", "no/bits.json"], "out='no/bits.json' is not allowed; it must be a file in"),
         (["--out", "."], "out='.' is not allowed"),
+        (["--scheme", "kivi"], "scheme='kivi' is not allowed; choose from 'kvtuner', 'oscar_cov'"),
     ],
 )
 def test_tune_refuses_in_one_line(options, message, tmp_path):
