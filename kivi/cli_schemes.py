@@ -41,6 +41,8 @@ PRESETS: dict[str, tuple[str, ...]] = {
         "kivi",
         "kivi:group_size=128",
         "streaming_llm",
+        "spatten",
+        "spatten:values=1.0",
         "asymkv",
         "kvtuner",
         "kitty",

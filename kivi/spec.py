@@ -216,6 +216,10 @@ class OpaqueSpec(ABC):
     def decode(self, data: Tensor, head_dim: int) -> Tensor:
         """The tokens `[..., unit, D]` float32 of encoded units, `[..., nbytes]` uint8."""
 
+    def coarse(self) -> OpaqueSpec:
+        """What reads the most significant bits alone of the same bytes (see `Sparse`)."""
+        return self
+
     def bits_per_element(self, head_dim: int) -> float:
         """Bits stored for an element, everything counted."""
         check_count("head_dim", head_dim, 1)
@@ -224,6 +228,28 @@ class OpaqueSpec(ABC):
 
 Spec = QuantSpec | OpaqueSpec
 """How one tensor is quantized."""
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """What attention of a few queries leaves out (`kivi.kernels.sparse`).
+
+    Args:
+        threshold: the probability from which on the most significant bits of keys are enough.
+        values: the part of the values, those of the largest probabilities, that are read.
+
+    Raises:
+        ValueError: for a part outside of (0, 1] or a negative threshold.
+    """
+
+    threshold: float
+    values: float = 1.0
+
+    def __post_init__(self) -> None:
+        if type(self.threshold) not in (int, float) or not self.threshold >= 0:
+            raise ValueError(f"threshold={self.threshold!r} is not allowed; it must be >= 0")
+        if type(self.values) not in (int, float) or not 0 < self.values <= 1:
+            raise ValueError(f"values={self.values!r} is not allowed; it must lie in (0, 1]")
 
 
 @dataclass(frozen=True)
@@ -238,6 +264,7 @@ class KVSpec:
         window: queries see so many most recent tokens, themselves included, and the sinks; what
             lies between is dropped, and sinks move up to the window (`kivi.sinks`). None keeps all.
         rope: how the model turns keys, where there is a window (see `with_rope`).
+        sparse: what attention leaves out; None reads all.
 
     Raises:
         ValueError: for a negative or non-integer length, or a window below 1.
@@ -249,6 +276,7 @@ class KVSpec:
     sink_length: int = 0
     window: int | None = None
     rope: Rope | None = None
+    sparse: Sparse | None = None
 
     def __post_init__(self) -> None:
         check_count("residual_length", self.residual_length)

@@ -22,7 +22,7 @@ LAYERS = (
     ("kivi.grids", "kivi.transforms"),
     ("kivi.quantize",),
     ("kivi.view",),
-    ("kivi.kernels.reference", "kivi.kernels.triton_*"),
+    ("kivi.kernels.reference", "kivi.kernels.sparse", "kivi.kernels.triton_*"),
     ("kivi.kernels",),
     ("kivi.pages",),
     ("kivi.smoothing", "kivi.sinks"),

@@ -190,6 +190,54 @@ def test_kitty(boost):
     mostly_close(back("kitty", torch.tensor(X), True), min_max(X, 2, 1), SCALE)
 
 
+@pytest.mark.parametrize("window", [None, 40])
+def test_spatten_reads_more_where_it_is_unsure(window):
+    """MSBs, then all bits if the largest probability is below the threshold; the top fifth of V."""
+    scheme = KVQuantizer.get("spatten", threshold=0.3)
+    k, v = randn(128, 64, seed=5).double().numpy(), randn(128, 64, seed=6).double().numpy()
+    q = randn(4, 1, 64, seed=7) * torch.tensor([0.1, 0.5, 4.0, 6.0])[:, None, None]
+
+    def codes(x, bits):
+        top = 2 ** (bits - 1)
+        scale = np.abs(x).max(1, keepdims=True) / (top - 1)
+        scale = scale.astype(np.float16).astype(np.float64)  # as it is stored
+        return np.rint(x / scale).clip(-top, top - 1), scale
+
+    expected, unsure = [], 0
+    key, scale = codes(k, 10)
+    value = np.multiply(*codes(v, 6))
+    first = 128 - (window or 128)
+    for head in range(4):
+        p = {}
+        for low in (1, 16):
+            s = (np.floor(key / low) * low * scale) @ q[head, 0].double().numpy() / 8
+            p[low] = np.where(np.arange(128) < first, 0, np.exp(s - s[first:].max()))
+            p[low] /= p[low].sum()
+        unsure += p[16].max() < 0.3
+        chosen = p[16] if p[16].max() >= 0.3 else p[1]
+        keep = np.argsort(-chosen)[: math.ceil((128 - first) * 0.2)]
+        expected.append(chosen[keep] @ value[keep])
+    assert 0 < unsure < 4
+    layer = scheme.new_layer(batch_size=1, num_kv_heads=1, head_dim=64, dtype=torch.float32)
+    layer.prefill(*(torch.tensor(x[None, None], dtype=torch.float32) for x in (k, v)))
+    assert layer.packed_lengths() == [128]
+
+    def op(spec, window=None):
+        query, place = q[None, :, 0, None], torch.tensor([[127]])
+        out, lse = layer._ops.decode_attention(query, layer._view(), spec, place, 1 / 8, window)
+        assert lse.shape == (1, 4, 1)
+        return out[0, :, 0].double().numpy()
+
+    assert np.allclose(op(layer.spec, window), expected, atol=1e-4)
+    for threshold, steps in ((0.0, 16), (2.0, 1)):  # always sure, never sure
+        one = KVQuantizer.get("spatten", threshold=threshold, values=1.0).spec()
+        rows = []
+        for head in range(4):
+            s = (np.floor(key / steps) * steps * scale) @ q[head, 0].double().numpy() / 8
+            rows.append(np.exp(s - s.max()) / np.exp(s - s.max()).sum() @ value)
+        assert np.allclose(op(one), rows, atol=1e-4)
+
+
 def rope(x, positions):
     """Rotate pairs `(i, i + D/2)` of `[..., T, D]` by `position * 100^(-2 i / D)`."""
     half = x.shape[-1] // 2
@@ -407,6 +455,7 @@ def test_kvtuner_reads_bits_for_each_layer(tmp_path):
         ("kvarn", {}, 3.375),
         ("asymkv", {}, 1.5 + 1),
         ("oscar_cov", {}, 2.25),
+        ("spatten", {}, 8 + 16 / 128),
         ("kitty", {}, 2.25 + (2 * 12 + 16 * 12 / 128) / 128 / 2),
         ("kitty", dict(boost=0.25), 2.25 + (2 * 32 + 16 * 32 / 128) / 128 / 2),
         ("polarquant", {}, 3.875),
@@ -511,3 +560,20 @@ def test_tables_of_a_format_are_constants_of_the_graph(name):
         for seed in range(40):
             qkv = randn(3, 1, 1, 1, 32, seed=seed)
             torch.testing.assert_close(step(*qkv), eager.decode(*qkv))
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("name", ["asymkv", "kitty", "oscar_cov", "spatten"])
+def test_a_step_of_a_scheme_is_one_graph(name):
+    torch._dynamo.reset()
+    scheme = KVQuantizer.get(name, residual_length=0, sink_length=1)
+    sizes = {"batch_size": 1, "num_kv_heads": 1, "head_dim": 32, "dtype": torch.float32}
+    eager, traced = (scheme.new_layer(**sizes, max_length=300) for _ in range(2))
+    step = torch.compile(lambda *qkv: traced.decode(*qkv), backend="eager", fullgraph=True)
+    with torch.no_grad():
+        for layer in (eager, traced):
+            layer.prefill(*randn(2, 1, 1, 120, 32))
+        for seed in range(40):
+            qkv = randn(3, 1, 1, 1, 32, seed=seed)
+            torch.testing.assert_close(step(*qkv), eager.decode(*qkv))
+    assert traced.packed_lengths() == eager.packed_lengths() != [0]
