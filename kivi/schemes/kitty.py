@@ -18,7 +18,7 @@ class Boosted(OpaqueSpec):
     """Keys per-channel over 128 tokens: 4 bits for the channels of largest mean |k|, 2 for others.
 
     The low 2 bits of all channels lie in one plane, the high 2 bits of boosted ones in another,
-    with a 16-bit scale, zero, and number of each boosted channel.
+    with a 16-bit scale, zero, and number of each boosted channel. Mean |k|: eq. 2.
     """
 
     ratio: float
@@ -66,12 +66,12 @@ class Boosted(OpaqueSpec):
 class Kitty(KVQuantizer, name="kitty", paper="2511.18643"):
     """2-bit keys and values in groups of 128, dynamic channel-wise precision boost, 32 sinks.
 
-    `boost` is the part of the key channels with 4 bits, chosen anew for each 128 tokens of a head.
-    Defaults are those of the authors' simulator; its "Kitty-Pro" has 0.2, their kernels 0.25. They
-    store a byte for every channel of a page in place of the boosted ones' numbers.
+    `boost` is the part of the key channels with 4 bits, chosen anew for each 128 tokens of a head:
+    an eighth in Kitty, a quarter in "Kitty-Pro" and the authors' kernels. They store a byte for
+    every channel of a page in place of the boosted ones' numbers.
     """
 
-    boost: float = 0.1
+    boost: float = 0.125
     residual_length: int = 128
     sink_length: int = 32
 
