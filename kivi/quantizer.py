@@ -126,7 +126,7 @@ class KVQuantizer(ABC):
     ) -> LayerCache:
         """An empty cache for one layer. Arguments and errors: see `kivi.cache.LayerCache`.
 
-        `rope`: how the model turns keys, for schemes that turn them anew.
+        `rope`: how the model turns keys, for schemes that quantize them as they were before.
         """
         return LayerCache(
             self.spec(layer_idx).with_rope(rope),

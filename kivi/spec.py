@@ -283,6 +283,12 @@ class KVSpec:
         check_count("sink_length", self.sink_length)
         check_count("window", 1 if self.window is None else self.window, 1)
 
+    def narrow(self, window: int | None) -> int | None:
+        """The smaller of a window of queries and the spec's own; None where there is neither."""
+        if window is None or self.window is None:
+            return self.window if window is None else window
+        return min(window, self.window)
+
     @property
     def unit(self) -> int:
         """Tokens that leave the exact window together: whole planes and whole groups."""
@@ -291,12 +297,6 @@ class KVSpec:
     def with_rope(self, rope: Rope | None) -> KVSpec:
         """The spec in a model that turns keys so: for sinks that move."""
         return self if self.window is None else replace(self, rope=rope)
-
-    def narrow(self, window: int | None) -> int | None:
-        """The smaller of a window of queries and the spec's own; None where there is neither."""
-        if window is None or self.window is None:
-            return self.window if window is None else window
-        return min(window, self.window)
 
     def bits_per_element(self, head_dim: int, value_head_dim: int | None = None) -> float:
         """Mean bits of a packed key or value element; 16 for what stays unquantized."""
