@@ -196,8 +196,7 @@ class LayerCache:
                 q, k, v, past, self.spec, query, scale, valid, mask, *options
             )
         self._store(k, v, valid, step, host)
-        view = self._view()
-        return with_sinks(out, lse, q, view, self.spec, query, scale, *options[:2])
+        return with_sinks(out, lse, q, self._view(), self.spec, query, scale, *options[:2])
 
     @torch.inference_mode(False)
     def select(self, indices: Tensor | list[int]) -> None:
