@@ -563,7 +563,7 @@ def test_tables_of_a_format_are_constants_of_the_graph(name):
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("name", ["asymkv", "kitty", "oscar_cov", "spatten"])
+@pytest.mark.parametrize("name", ["kitty", "oscar_cov", "spatten"])
 def test_a_step_of_a_scheme_is_one_graph(name):
     torch._dynamo.reset()
     scheme = KVQuantizer.get(name, residual_length=0, sink_length=1)

@@ -63,12 +63,11 @@ class SpAtten(KVQuantizer, name="spatten", paper="2012.09852"):
     values, the part `values` with the largest probabilities is read. The defaults are those of the
     authors' released workload of GPT-2 on WikiText-2: 6 + 4 bits, 0.05, 6-bit values, a fifth.
 
-    What deviates: prompts of more than 32 tokens read all bits (there the paper is bound by
-    arithmetic and not progressive either); the window is exact as anywhere here, none by default;
-    a scale serves one head of a token. Cascade pruning of tokens and heads is left out: it takes
-    from the attention of all earlier layers and steps which tokens and heads later layers do
-    without, while a cache layer sees its own queries only and must answer every head. Plain torch
-    reads all bits and then chooses: this shows the quality, not the traffic that is saved.
+    What deviates: more than 32 new tokens at once read all bits and values; a scale serves one head
+    of a token. Cascade pruning of tokens and heads is left out: the attention of all earlier layers
+    and steps decides which tokens and heads later layers do without, while a layer of a cache sees
+    its own queries only and must answer every head. Plain torch reads all bits and then chooses:
+    this shows the quality, not the traffic that is saved.
     """
 
     key_high: int = 6
