@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from kivi import KVQuantizer
@@ -560,6 +561,28 @@ def test_tables_of_a_format_are_constants_of_the_graph(name):
         for seed in range(40):
             qkv = randn(3, 1, 1, 1, 32, seed=seed)
             torch.testing.assert_close(step(*qkv), eager.decode(*qkv))
+
+
+@pytest.mark.compile
+def test_rotations_of_layers_stay_apart_in_one_graph(tmp_path):
+    file = str(tmp_path / "rotations.safetensors")
+    names = [f"{kind}.{layer}" for kind in ("key", "value") for layer in range(2)]
+    save_file({n: torch.linalg.qr(randn(32, 32, seed=i))[0] for i, n in enumerate(names)}, file)
+    scheme = KVQuantizer.get("oscar_cov", file=file, residual_length=0, sink_length=0)
+    sizes = {"batch_size": 1, "num_kv_heads": 1, "head_dim": 32, "dtype": torch.float32}
+    eager, traced = (
+        [scheme.new_layer(**sizes, max_length=99, layer_idx=i) for i in range(2)] for _ in range(2)
+    )
+    torch._dynamo.reset()
+    step = torch.compile(
+        lambda *qkv: [layer.decode(*qkv) for layer in traced], backend="aot_eager", fullgraph=True
+    )
+    for layer in (*eager, *traced):
+        layer.prefill(*randn(2, 1, 1, 64, 32))
+    with torch.no_grad():
+        qkv = randn(3, 1, 1, 1, 32, seed=1)
+        for mine, layer in zip(step(*qkv), eager, strict=True):
+            torch.testing.assert_close(mine, layer.decode(*qkv))
 
 
 @pytest.mark.compile

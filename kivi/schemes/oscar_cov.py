@@ -27,37 +27,41 @@ def _read(file: str, _written: int) -> dict[str, Tensor]:
         raise ValueError(f"file={file!r} is not a file of rotations: {error}") from error
 
 
-def read(file: str) -> dict[str, Tensor]:
-    """The matrices of a file, read again when it was written again.
-
-    Raises:
-        ValueError: for a file that cannot be read.
-    """
+def _written(file: str) -> int:
+    """When a file was written last: it may be tuned again."""
     try:
-        return _read(file, Path(file).stat().st_mtime_ns)
+        return Path(file).stat().st_mtime_ns if file else 0
     except OSError as error:
         raise ValueError(f"file={file!r} cannot be read: {error}") from error
 
 
-def rotation(file: str | None, name: str, head_dim: int) -> Tensor:
-    """The orthogonal matrix `[D, D]` that a token is multiplied by: of the file, or Hadamard's.
+@cache
+def _matrix(file: str, written: int, name: str, head_dim: int, device: torch.device) -> Tensor:
+    if not file:
+        matrix: Tensor = hadamard(torch.eye(head_dim), head_dim & -head_dim)
+        matrix /= matrix[0].norm()
+        return matrix.to(device)
+    matrices = _read(file, written)
+    if name not in matrices or matrices[name].shape != (head_dim, head_dim):
+        shapes = {n: tuple(m.shape) for n, m in matrices.items()}
+        raise ValueError(f"file={file!r} has no {name!r} for head_dim={head_dim}, only {shapes}")
+    return matrices[name].to(device)
+
+
+# An operator: torch.compile could tell neither constants of several layers apart nor read a file.
+@torch.library.custom_op("kivi::rotation", mutates_args=())
+def rotation(file: str, name: str, head_dim: int, device: torch.device) -> Tensor:
+    """The orthogonal matrix `[D, D]` that tokens are multiplied by: of the file, or Hadamard's.
 
     Raises:
         ValueError: for a file that cannot be read, or that has no such matrix.
     """
-    if file is None:
-        matrix: Tensor = hadamard(torch.eye(head_dim), head_dim & -head_dim)
-        matrix /= matrix[0].norm()
-        return matrix
-    matrices = read(file)
-    if name not in matrices or matrices[name].shape != (head_dim, head_dim):
-        shapes = {n: tuple(m.shape) for n, m in matrices.items()}
-        raise ValueError(f"file={file!r} has no {name!r} for head_dim={head_dim}, only {shapes}")
-    return matrices[name]
+    return _matrix(file, _written(file), name, head_dim, device).clone()
 
 
-# See kivi.transforms: a constant of the graph, read once.
-rotation._dynamo_marked_constant = True  # type: ignore[attr-defined]
+@rotation.register_fake
+def _(file: str, name: str, head_dim: int, device: torch.device) -> Tensor:
+    return torch.empty(head_dim, head_dim, device=device)
 
 
 @dataclass(frozen=True)
@@ -65,10 +69,10 @@ class Rotated(OpaqueSpec):
     """A token is rotated, clipped and quantized by asymmetric min-max in groups of 128 channels.
 
     `clip`: the rank of the magnitude, as a part of the head, at which it is cut off. `name`: of the
-    matrix in the file.
+    matrix in the file; without a file ("") it is Hadamard's.
     """
 
-    file: str | None
+    file: str
     name: str
     clip: float
     bits = 2
@@ -77,13 +81,13 @@ class Rotated(OpaqueSpec):
         """See OpaqueSpec."""
         if head_dim % 8:
             raise ValueError(f"head_dim={head_dim} is not allowed; it must be a multiple of 8")
-        rotation(self.file, self.name, head_dim)
+        rotation(self.file, self.name, head_dim, torch.device("cpu"))
         return head_dim // 4 + 4 * head_dim // QuantSpec(2, "token", 128).group(head_dim)
 
     def encode(self, x: Tensor, valid: Tensor) -> tuple[Tensor, ...]:
         """See OpaqueSpec."""
         d = x.shape[-1]
-        x = x.squeeze(-2).nan_to_num(0.0, 0.0, 0.0) @ rotation(self.file, self.name, d).to(x.device)
+        x = x.squeeze(-2).nan_to_num(0.0, 0.0, 0.0) @ rotation(self.file, self.name, d, x.device)
         rank = min(int(self.clip * d), d - 1)
         most = x.abs().sort(-1).values[..., rank : rank + 1]
         groups = x.clamp(-most, most).unflatten(-1, (-1, QuantSpec(2, "token", 128).group(d)))
@@ -99,7 +103,7 @@ class Rotated(OpaqueSpec):
         scale, zero = (of_bytes(e, torch.float16).float().unsqueeze(-1) for e in others)
         groups = split_bits(codes, 2).unflatten(-1, (meta // 2, -1))
         x: Tensor = (groups * scale + zero).flatten(-2)
-        x = x @ rotation(self.file, self.name, head_dim).to(data.device).T
+        x = x @ rotation(self.file, self.name, head_dim, data.device).T
         return x.unsqueeze(-2)
 
 
@@ -120,11 +124,12 @@ class Oscar(KVQuantizer, name="oscar_cov", paper="2605.17757"):
 
     def spec(self, layer_idx: int | None = None) -> KVSpec:
         """See KVQuantizer.spec; of any layer, None, it is the first one's."""
-        if self.file is not None:
-            read(self.file)  # raises at once
+        file = self.file or ""
+        if file:
+            _read(file, _written(file))  # raises at once
         for kind, clip in (("key", self.key_clip), ("value", self.value_clip)):
             if type(clip) not in (int, float) or not 0 < clip <= 1:
                 raise ValueError(f"{kind}_clip={clip!r} is not allowed; it must lie in (0, 1]")
-        key = Rotated(self.file, f"key.{layer_idx or 0}", self.key_clip)
-        value = Rotated(self.file, f"value.{layer_idx or 0}", self.value_clip)
+        key = Rotated(file, f"key.{layer_idx or 0}", self.key_clip)
+        value = Rotated(file, f"value.{layer_idx or 0}", self.value_clip)
         return KVSpec(key, value, self.residual_length, self.sink_length)
