@@ -567,7 +567,8 @@ def test_tables_of_a_format_are_constants_of_the_graph(name):
 def test_rotations_of_layers_stay_apart_in_one_graph(tmp_path):
     file = str(tmp_path / "rotations.safetensors")
     names = [f"{kind}.{layer}" for kind in ("key", "value") for layer in range(2)]
-    save_file({n: torch.linalg.qr(randn(32, 32, seed=i))[0] for i, n in enumerate(names)}, file)
+    matrices = (torch.linalg.qr(randn(32, 32, seed=i))[0].contiguous() for i in range(4))
+    save_file(dict(zip(names, matrices, strict=True)), file)
     scheme = KVQuantizer.get("oscar_cov", file=file, residual_length=0, sink_length=0)
     sizes = {"batch_size": 1, "num_kv_heads": 1, "head_dim": 32, "dtype": torch.float32}
     eager, traced = (
