@@ -8,7 +8,7 @@ page `P` = 512 [tokens], residual length `R` [tokens kept exact at the end], sin
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, get_args
 
 if TYPE_CHECKING:
@@ -163,6 +163,19 @@ class QuantSpec:
         return self.bits + WORD_BITS * (shared + (1 / self.center if self.center else 0))
 
 
+@dataclass(frozen=True)
+class Rope:
+    """A model's rotary embedding: channel i of a token at position p is turned with its partner.
+
+    It becomes `cos(p f_i) x_i - sin(p f_i) x_partner(i)`. `frequency`: f, signed, in radians; 0 for
+    channels that are not turned. `partner`: the other channel of each pair. Channels past their end
+    are not turned either.
+    """
+
+    frequency: tuple[float, ...]
+    partner: tuple[int, ...]
+
+
 class OpaqueSpec(ABC):
     """How one tensor is stored by a scheme that no QuantSpec describes: a frozen dataclass.
 
@@ -203,6 +216,10 @@ class OpaqueSpec(ABC):
     def decode(self, data: Tensor, head_dim: int) -> Tensor:
         """The tokens `[..., unit, D]` float32 of encoded units, `[..., nbytes]` uint8."""
 
+    def coarse(self) -> OpaqueSpec:
+        """What reads the most significant bits alone of the same bytes (see `Sparse`)."""
+        return self
+
     def bits_per_element(self, head_dim: int) -> float:
         """Bits stored for an element, everything counted."""
         check_count("head_dim", head_dim, 1)
@@ -214,6 +231,28 @@ Spec = QuantSpec | OpaqueSpec
 
 
 @dataclass(frozen=True)
+class Sparse:
+    """What attention of a few queries leaves out (`kivi.kernels.sparse`).
+
+    Args:
+        threshold: the probability from which on the most significant bits of keys are enough.
+        values: the part of the values, those of the largest probabilities, that are read.
+
+    Raises:
+        ValueError: for a part outside of (0, 1] or a negative threshold.
+    """
+
+    threshold: float
+    values: float = 1.0
+
+    def __post_init__(self) -> None:
+        if type(self.threshold) not in (int, float) or not self.threshold >= 0:
+            raise ValueError(f"threshold={self.threshold!r} is not allowed; it must be >= 0")
+        if type(self.values) not in (int, float) or not 0 < self.values <= 1:
+            raise ValueError(f"values={self.values!r} is not allowed; it must lie in (0, 1]")
+
+
+@dataclass(frozen=True)
 class KVSpec:
     """How a layer's keys and values are kept.
 
@@ -222,25 +261,43 @@ class KVSpec:
         value: likewise for the values.
         residual_length: R, the most recent tokens that always stay exact.
         sink_length: S, the first tokens that always stay exact.
+        window: queries see so many most recent tokens, themselves included, and the sinks; what
+            lies between is dropped, and sinks move up to the window (`kivi.sinks`). None keeps all.
+        rope: how the model turns keys, where there is a window (see `with_rope`).
+        sparse: what attention leaves out; None reads all.
 
     Raises:
-        ValueError: for a negative or non-integer length.
+        ValueError: for a negative or non-integer length, or a window below 1.
     """
 
     key: Spec | None
     value: Spec | None
     residual_length: int = 128
     sink_length: int = 0
+    window: int | None = None
+    rope: Rope | None = None
+    sparse: Sparse | None = None
 
     def __post_init__(self) -> None:
         check_count("residual_length", self.residual_length)
         check_count("sink_length", self.sink_length)
+        check_count("window", 1 if self.window is None else self.window, 1)
+
+    def narrow(self, window: int | None) -> int | None:
+        """The smaller of a window of queries and the spec's own; None where there is neither."""
+        if window is None or self.window is None:
+            return self.window if window is None else window
+        return min(window, self.window)
 
     @property
     def unit(self) -> int:
         """Tokens that leave the exact window together: whole planes and whole groups."""
         key, value = self.key, self.value  # no loop: steps ask each time
         return max(TILE_ROWS, key.unit if key else 1, value.unit if value else 1)
+
+    def with_rope(self, rope: Rope | None) -> KVSpec:
+        """The spec in a model that turns keys so: for sinks that move."""
+        return self if self.window is None else replace(self, rope=rope)
 
     def bits_per_element(self, head_dim: int, value_head_dim: int | None = None) -> float:
         """Mean bits of a packed key or value element; 16 for what stays unquantized."""
