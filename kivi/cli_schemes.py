@@ -33,6 +33,7 @@ PRESETS: dict[str, tuple[str, ...]] = {
         "nvfp4",
         "flexgen",
         "atom",
+        "qserve",
         "quarot",
         "quarot:bits=2",
         "exllamav3",

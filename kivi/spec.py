@@ -25,7 +25,7 @@ BITS = (1, 2, 3, 4, 8)
 Axis = Literal["channel", "token"]
 Grid = Literal["asymmetric", "symmetric", "least_squares", "midpoint", "unbiased"]
 Transform = Literal["hadamard", "hadamard_32"]
-Smooth = Literal["outliers", "max"]
+Smooth = Literal["outliers", "max", "sqrt"]
 
 
 def check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
@@ -67,7 +67,8 @@ class QuantSpec:
         smooth: before all that, each channel of a sequence is divided by a power of two, found from
             its first 32 packed tokens (`kivi.transforms.smooth_factor`): `"outliers"` brings
             channels that vary much more than the median one down to about four times as much,
-            `"max"` divides by the largest magnitude.
+            `"max"` divides by the largest magnitude, `"sqrt"` by its root, of the two channels
+            that RoPE mixes together.
 
     Raises:
         ValueError: for a value that is not in these lists.

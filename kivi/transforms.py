@@ -63,6 +63,9 @@ def smooth_factor(x: Tensor, valid: Tensor, smooth: Smooth) -> Tensor:
     x = torch.where(finite, x, 0.0)
     if smooth == "max":
         ratio = x.abs().amax(-2)
+    elif smooth == "sqrt":
+        peak = x.abs().amax(-2)
+        ratio = torch.maximum(peak, peak.roll(peak.shape[-1] // 2, -1)).sqrt()
     else:
         count = finite.sum(-2).clamp_min(1)
         rest = torch.where(finite, x - (x.sum(-2) / count).unsqueeze(-2), 0.0)

@@ -57,6 +57,16 @@ def test_atom(value):
     mostly_close(back("atom", torch.tensor(X), value), min_max(X, 4, 1), SCALE)
 
 
+def test_qserve():
+    """SmoothAttention: the root of the largest |K| of each rotary pair, here a power of two."""
+    peak = np.abs(X[:32]).max(0)
+    root = np.sqrt(np.maximum(peak, np.roll(peak, 32)))
+    factor = 2.0 ** np.rint(np.log2(root))
+    assert np.abs(np.log2(factor / root)).max() <= 0.5 and len(np.unique(factor)) > 1
+    mostly_close(back("qserve", torch.tensor(X)), min_max(X / factor, 4, 1) * factor, SCALE)
+    mostly_close(back("qserve", torch.tensor(X), True), min_max(X, 4, 1), SCALE)
+
+
 @pytest.mark.parametrize("value", [False, True])
 @pytest.mark.parametrize("bits", [2, 4])
 def test_quarot(bits, value):
@@ -247,6 +257,7 @@ def test_kvtuner_reads_bits_for_each_layer(tmp_path):
         ("plumb", dict(value_bits=1), 1.5 + 2 * 16 / 128),
         ("quarot", {}, 4.25),
         ("atom", {}, 4.25),
+        ("qserve", {}, 4.25),
         ("oscar", {}, 3 + 16 / 128 / 2),
         ("exllamav3", {}, 4.5),
         ("fp8", {}, 8),
