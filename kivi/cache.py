@@ -300,7 +300,7 @@ class LayerCache:
             self._table.copy_(table)
         else:
             self._table = table
-        for tensor in store.tensors(self._view()) if self.max_length is not None else ():
+        for tensor in self._view().tensors() if self.max_length is not None else ():
             torch._dynamo.mark_static_address(tensor)
 
     def _check(self, k: Tensor, v: Tensor, valid: Tensor | None) -> None:

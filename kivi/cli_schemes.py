@@ -48,6 +48,8 @@ PRESETS: dict[str, tuple[str, ...]] = {
         "qjl",
         "turboquant",
         "turboquant:variant=prod",
+        "skvq",
+        "skvq:group_size=32",
         "plumb",
         "plumb:value_bits=1",
         "plumb:key_bits=3",

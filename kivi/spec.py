@@ -8,7 +8,7 @@ page `P` = 512 [tokens], residual length `R` [tokens kept exact at the end], sin
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, get_args
 
 if TYPE_CHECKING:
@@ -20,6 +20,9 @@ TILE_ROWS = 32
 """Tokens in one plane of a word tile: the rows of a tile."""
 WORD_BITS = 16
 """Bits in a packed word, and in a stored scale or zero."""
+
+PLACE_BYTES = 4
+"""Bytes of the position of a unit whose rotary embedding was undone."""
 
 BITS = (1, 2, 3, 4, 8)
 Axis = Literal["channel", "token"]
@@ -164,6 +167,19 @@ class QuantSpec:
         return self.bits + WORD_BITS * (shared + (1 / self.center if self.center else 0))
 
 
+@dataclass(frozen=True)
+class Rope:
+    """A model's rotary embedding: channel i of a token at position p is turned with its partner.
+
+    It becomes `cos(p f_i) x_i - sin(p f_i) x_partner(i)`. `frequency`: f, signed, in radians; 0 for
+    channels that are not turned. `partner`: the other channel of each pair. Channels past their end
+    are not turned either.
+    """
+
+    frequency: tuple[float, ...]
+    partner: tuple[int, ...]
+
+
 class OpaqueSpec(ABC):
     """How one tensor is stored by a scheme that no QuantSpec describes: a frozen dataclass.
 
@@ -172,13 +188,17 @@ class OpaqueSpec(ABC):
 
     `bits`: of a code, for tables. `unit`: tokens that are encoded together, a power of two up to
     512. `stable`: whether a tensor that was decoded encodes to about itself; a random sketch
-    does not.
+    does not. `pre_rope`: keys are encoded as they were before the model's rotary embedding, where
+    it is known; then `rope` is a field that holds it, and generic code turns tokens back and forth
+    (four bytes for each unit say where it stands).
     """
 
     bits: int
     unit: int = 1
     stable: bool = True
     smooth: None = None
+    pre_rope: bool = False
+    rope: Rope | None = None
 
     @abstractmethod
     def nbytes(self, head_dim: int) -> int:
@@ -207,7 +227,11 @@ class OpaqueSpec(ABC):
     def bits_per_element(self, head_dim: int) -> float:
         """Bits stored for an element, everything counted."""
         check_count("head_dim", head_dim, 1)
-        return 8 * self.nbytes(head_dim) / (self.unit * head_dim)
+        return 8 * self.unit_nbytes(head_dim) / (self.unit * head_dim)
+
+    def unit_nbytes(self, head_dim: int) -> int:
+        """Bytes of a unit as stored: `nbytes`, and where it stands if it was turned back."""
+        return self.nbytes(head_dim) + PLACE_BYTES * (self.rope is not None)
 
 
 Spec = QuantSpec | OpaqueSpec
@@ -241,6 +265,12 @@ class KVSpec:
     def unit(self) -> int:
         """Tokens that leave the exact window together: whole planes and whole groups."""
         return max([TILE_ROWS, *(s.unit for s in (self.key, self.value) if s is not None)])
+
+    def with_rope(self, rope: Rope | None) -> KVSpec:
+        """The spec in a model that turns keys so: for formats that undo it."""
+        if not isinstance(self.key, OpaqueSpec) or not self.key.pre_rope:
+            return self
+        return replace(self, key=replace(self.key, rope=rope))  # type: ignore[type-var]
 
     def bits_per_element(self, head_dim: int, value_head_dim: int | None = None) -> float:
         """Mean bits of a packed key or value element; 16 for what stays unquantized."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from kivi.kernels.reference import exact_positions, gather_pages, smooth_factors
 from kivi.packing import units_per_tile
 from kivi.pages import CROP
+from kivi.quantize import standing
 from kivi.smoothing import smoothed
 from kivi.spec import PAGE_TOKENS, TILE_ROWS, KVSpec, QuantSpec, check_count
 from kivi.view import CacheView
@@ -140,11 +141,6 @@ def cut(
     return lengths, packed
 
 
-def tensors(view: CacheView) -> list[Tensor]:
-    """All tensors of a view."""
-    return [x for x in (*view.key, *view.value, *view[2:]) if x is not None]
-
-
 def write_exact(view: CacheView, spec: KVSpec, k: Tensor, v: Tensor, position: Tensor) -> None:
     """Put columns `[B, Hkv, T, D]` into the exact slots of their positions `[B, T]`."""
     row = torch.arange(k.shape[0], device=k.device)[:, None]
@@ -173,7 +169,7 @@ def pack_units(
     """
     column = (first // PAGE_TOKENS).clamp_max(view.table.shape[1] - 1)
     page, offset = view.table.gather(1, column) * due, first % PAGE_TOKENS
-    specs = (spec.key, spec.value)
+    specs, sinks = (spec.key, spec.value), spec.sink_length
     for x, pages, one in zip(sources, (view.key, view.value), specs, strict=True):
         unit = x.shape[3]
         # Units that may fall into one word tile are written one call after the other.
@@ -181,7 +177,8 @@ def pack_units(
         for start in range(min(stride, x.shape[2])):
             pick = slice(start, None, stride)
             run = x[:, :, pick].transpose(1, 2)
-            quantize_pack(pages, one, run, page[:, pick], offset[:, pick])
+            where = standing(one, sinks + first[:, pick])
+            quantize_pack(pages, one, run, page[:, pick], offset[:, pick], *where)
 
 
 def store(
@@ -223,11 +220,13 @@ def store(
         body = smoothed(view, spec, body, step.packed)
         if done > 0:
             page = view.table[:, skipped : skipped + done]
+            at = (begin + torch.arange(done, device=k.device) * PAGE_TOKENS).expand_as(page)
             for x, pages, one in zip(
                 body, (view.key, view.value), (spec.key, spec.value), strict=True
             ):
                 run = x[:, :, : done * PAGE_TOKENS].unflatten(2, (done, PAGE_TOKENS))
-                quantize_pack(pages, one, run.transpose(1, 2), page, page * 0)
+                where = standing(one, at)
+                quantize_pack(pages, one, run.transpose(1, 2), page, page * 0, *where)
         body = [x[:, :, done * PAGE_TOKENS :] for x in body]
         units -= done * PAGE_TOKENS // unit
     elif units:

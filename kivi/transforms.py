@@ -11,7 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from kivi.spec import Smooth
+from kivi.spec import Rope, Smooth
 
 SMOOTHED = 32
 """Tokens, the first packed ones, that the channels' factors are found from."""
@@ -75,6 +75,21 @@ def smooth_factor(x: Tensor, valid: Tensor, smooth: Smooth) -> Tensor:
         ratio = spread / (4 * typical).clamp_min(1e-30)
         ratio = ratio.clamp_min(1.0)
     return torch.where(ratio > 0, ratio, 1.0).clamp(2.0**-14, 2.0**14).log2().round().exp2()
+
+
+def turn(x: Tensor, position: Tensor, rope: Rope, back: bool = False) -> Tensor:
+    """Tokens `[..., D]` float32 under a rotary embedding, or `back` to what they were before it.
+
+    `position`: of each token, broadcastable to `[...]`. The map is orthogonal whatever the
+    positions are, so that turning back and forth changes nothing.
+    """
+    size = len(rope.frequency)
+    frequency = torch.tensor(rope.frequency, device=x.device)
+    angle = position.unsqueeze(-1).float() * (-frequency if back else frequency)
+    turned = x[..., :size]
+    partner = turned[..., torch.tensor(rope.partner, device=x.device)]
+    turned = angle.cos() * turned - angle.sin() * partner
+    return torch.cat([turned, x[..., size:]], -1) if x.shape[-1] > size else turned
 
 
 @cache

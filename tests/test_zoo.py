@@ -67,6 +67,28 @@ def test_qserve():
     mostly_close(back("qserve", torch.tensor(X), True), min_max(X, 4, 1), SCALE)
 
 
+def e4m3(x):
+    """Rounded to FP8, which has a test of its own."""
+    return back("fp8", torch.tensor(x))
+
+
+@pytest.mark.parametrize("size", [16, 64])
+def test_skvq(size):
+    """Channels sorted into groups, each range shrunk by what leaves the least squared error."""
+    found = back("skvq", torch.tensor(X), bits=3, group_size=size)
+    for rows in np.split(np.arange(128), 4):
+        order = np.abs(X[rows]).max(0).argsort(kind="stable")
+        for channels in np.split(order, 64 // size):
+            group, errors = X[np.ix_(rows, channels)], []
+            low, high = group.min(1, keepdims=True), group.max(1, keepdims=True)
+            for clip in np.arange(0.7, 1.01, 0.05):
+                step, zero = e4m3((high - low) * clip / 7), e4m3(low * clip)
+                rounded = np.clip(np.rint((group - zero) / step), 0, 7) * step + zero
+                errors.append(((rounded - group) ** 2).sum(1))
+            error = ((found[np.ix_(rows, channels)] - group) ** 2).sum(1)
+            np.testing.assert_allclose(error, np.min(errors, 0), rtol=1e-3, atol=1e-6)
+
+
 @pytest.mark.parametrize("value", [False, True])
 @pytest.mark.parametrize("bits", [2, 4])
 def test_quarot(bits, value):
@@ -258,6 +280,8 @@ def test_kvtuner_reads_bits_for_each_layer(tmp_path):
         ("quarot", {}, 4.25),
         ("atom", {}, 4.25),
         ("qserve", {}, 4.25),
+        ("skvq", {}, 2.125),
+        ("skvq", dict(group_size=32), 2 + 16 / 32 + 2 / 32),
         ("oscar", {}, 3 + 16 / 128 / 2),
         ("exllamav3", {}, 4.5),
         ("fp8", {}, 8),
