@@ -50,6 +50,8 @@ PRESETS: dict[str, tuple[str, ...]] = {
         "turboquant:variant=prod",
         "skvq",
         "skvq:group_size=32",
+        "gear",
+        "gear:bits=4,group_size=none",
         "plumb",
         "plumb:value_bits=1",
         "plumb:key_bits=3",

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from kivi import KVQuantizer
 from kivi.__main__ import app
+from kivi.cli_schemes import parse_scheme
 from kivi.evals.attention_error import attention_errors
 from kivi.evals.pathologies import PATHOLOGIES, pathology
 from kivi.evals.tuning import choose_pairs
@@ -192,6 +193,29 @@ def test_qjl_is_its_estimator():
 
 
 @pytest.mark.parametrize("value", [False, True])
+def test_gear(value):
+    """Without its ends each vector is quantized; of the error the best rank-2 part is added."""
+    x = X if value else X.T  # rows: tokens of values, channels of keys
+    ends = np.zeros(x.shape, bool)
+    for row, order in zip(ends, x.argsort(1), strict=True):
+        row[order[[0, -1]]] = True
+    inside = np.ma.array(x, mask=ends).reshape(len(x), -1, 64)
+    backbone = min_max(inside, 2, 2).reshape(x.shape)
+    found, plain = (back("gear", torch.tensor(X), value, rank=rank) for rank in (2, 0))
+    found, plain = (found, plain) if value else (found.T, plain.T)
+    np.testing.assert_allclose(found[ends], x[ends], rtol=1e-3)
+    mostly_close(plain[~ends], backbone.filled(0)[~ends], SCALE)
+    error = np.where(ends, 0, x - plain)
+    base = random_matrix(16, 512, False, torch.device("cpu"))[:2, : x.shape[1]].double().numpy().T
+    for _ in range(3):  # a power iteration
+        left = np.linalg.qr(error @ base)[0]
+        base = error.T @ left
+    added = np.where(ends, 0, found - plain)
+    mostly_close(added, np.where(ends, 0, left @ base.T), SCALE)
+    assert np.linalg.norm(error - added) < 0.98 * np.linalg.norm(error)
+
+
+@pytest.mark.parametrize("value", [False, True])
 def test_kvarn(value):
     """Alternate column and row deviations in logarithms, keep the least imbalance, round rows."""
     tile = X @ matrix(64) if value else (X @ matrix(64)).T  # rows: tokens of values, else channels
@@ -281,6 +305,7 @@ def test_kvtuner_reads_bits_for_each_layer(tmp_path):
         ("atom", {}, 4.25),
         ("qserve", {}, 4.25),
         ("skvq", {}, 2.125),
+        ("gear", {}, 2 + 32 / 64 + 2 * 32 / 128 + 2 * 24 / 128),
         ("skvq", dict(group_size=32), 2 + 16 / 32 + 2 / 32),
         ("oscar", {}, 3 + 16 / 128 / 2),
         ("exllamav3", {}, 4.5),
@@ -380,15 +405,17 @@ def test_tune_writes_a_file_that_the_scheme_reads(tmp_path):
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("name", ["polarquant", "turboquant"])
+@pytest.mark.parametrize("name", ["polarquant", "turboquant", "turboquant:variant=prod", "gear"])
 def test_tables_of_a_format_are_constants_of_the_graph(name):
     """Not traced: polarquant's search for its angles has millions of steps."""
     torch._dynamo.reset()
-    scheme = KVQuantizer.get(name)
+    scheme = parse_scheme(name)
     sizes = {"batch_size": 1, "num_kv_heads": 1, "head_dim": 32, "dtype": torch.float32}
-    eager, traced = (scheme.new_layer(**sizes, max_length=70) for _ in range(2))
-    step = torch.compile(lambda *qkv: traced.decode(*qkv), backend="eager", fullgraph=True)
+    eager, traced = (scheme.new_layer(**sizes, max_length=150) for _ in range(2))
+    step = torch.compile(lambda *qkv: traced.decode(*qkv), backend="aot_eager", fullgraph=True)
     with torch.no_grad():
+        for layer in (eager, traced):
+            layer.prefill(*randn(2, 1, 1, 100, 32, seed=50))
         for seed in range(40):
             qkv = randn(3, 1, 1, 1, 32, seed=seed)
             torch.testing.assert_close(step(*qkv), eager.decode(*qkv))
