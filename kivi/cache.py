@@ -11,7 +11,7 @@ import copy
 import torch
 from torch import Tensor
 
-from kivi import checks, store
+from kivi import checks, saliency, store
 from kivi.attention import Impl, get_ops
 from kivi.pages import CacheBytes, PageTable
 from kivi.smoothing import new_smooth
@@ -194,6 +194,8 @@ class LayerCache:
             out, _ = self._ops.extend_attention(
                 q, k, v, past, self.spec, query, scale, valid, mask, *options
             )
+        if self.spec.weighs_tokens:
+            step = step._replace(weigh=saliency.weigher(q, step.position, scale))
         self._store(k, v, valid, step, host)
         return out  # type: ignore[no-any-return]
 

@@ -52,6 +52,7 @@ PRESETS: dict[str, tuple[str, ...]] = {
         "skvq:group_size=32",
         "gear",
         "gear:bits=4,group_size=none",
+        "zipcache",
         "plumb",
         "plumb:value_bits=1",
         "plumb:key_bits=3",

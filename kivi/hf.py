@@ -111,6 +111,11 @@ class KVCache(Cache):
         return [layer for layer in self.layers if isinstance(layer, PackedLayer)]
 
     @property
+    def weighs_tokens(self) -> bool:
+        """Whether a scheme asks for a prompt's queries, which `prefill_from` does not give."""
+        return any(layer.spec.weighs_tokens for layer in self.packed_layers)
+
+    @property
     def packed_calls(self) -> list[int]:
         """How often attention ran over the pages of each packed layer (eager calls only)."""
         return [x.columns.packed_calls if x.is_initialized else 0 for x in self.packed_layers]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -137,6 +138,7 @@ def quantize_pack(
     first: Tensor,
     valid: Tensor | None = None,
     position: Tensor | None = None,
+    weight: Tensor | None = None,
 ) -> None:
     """Quantize runs of tokens and write them into their pages, in place.
 
@@ -152,9 +154,11 @@ def quantize_pack(
         first: like page, the run's first token in its page, a multiple of U.
         valid: bool, broadcastable to x without D: tokens that count (default: all).
         position: like page, the run's first token in its row: a format with a rope asks for it.
+        weight: like x with 1 for D, float32: a format that weighs tokens asks for it.
     """
     if x.dim() == 5:
         position = position if position is None else position.flatten()
+        weight = weight if weight is None else weight.flatten(0, 1)
         valid = valid if valid is None else valid.expand(x.shape[:4]).flatten(0, 1)
         x, page, first = x.flatten(0, 1), page.flatten(), first.flatten()
     tokens = x.shape[2]
@@ -164,7 +168,7 @@ def quantize_pack(
         pages.words[index, :, row] = x.transpose(1, 2)
         return
     if isinstance(spec, OpaqueSpec):
-        _encode(pages, spec, x, index, first, valid, position)
+        _encode(pages, spec, x, index, first, valid, position, weight)
         return
     unit = quantize_unit(x, spec, valid)
     for stored, new in zip(pages[1:], unit[1:], strict=True):
@@ -177,9 +181,15 @@ def quantize_pack(
         pages.words[index, :, part.tile] = insert(pages.words[index, :, part.tile], part)
 
 
-def standing(one: Spec | None, position: Tensor) -> tuple[None, Tensor] | tuple[()]:
-    """What `quantize_pack` is told of runs at these positions, where the format asks for it."""
-    return (None, position) if isinstance(one, OpaqueSpec) and one.rope else ()
+def standing(
+    one: Spec | None, position: Tensor, weight: Sequence[Tensor] = ()
+) -> tuple[Tensor | None, ...]:
+    """What `quantize_pack` is told of runs beside their tokens, where the format asks for it.
+
+    That is no mask, their positions, and their weights if there are any.
+    """
+    asks = isinstance(one, OpaqueSpec) and (one.rope is not None or one.weighs_tokens)
+    return (None, position, *weight) if asks else ()
 
 
 def _encode(
@@ -190,6 +200,7 @@ def _encode(
     first: Tensor,
     valid: Tensor | None,
     position: Tensor | None,
+    weight: Tensor | None,
 ) -> None:
     """`quantize_pack` for a format of its own."""
     if valid is None:
@@ -202,7 +213,9 @@ def _encode(
         place = (position[:, None] + number * spec.unit)[:, None, :, None].to(torch.int32)
         units = turn(units, place + torch.arange(spec.unit, device=x.device), spec.rope, back=True)
         parts.append(place.expand(*units.shape[:3], 1))
-    parts += spec.encode(units, valid.unflatten(-1, (-1, spec.unit)))
+    if weight is not None:
+        weight = weight.squeeze(-1).unflatten(-1, (-1, spec.unit))
+    parts += spec.encode_weighted(units, valid.unflatten(-1, (-1, spec.unit)), weight)
     data = torch.cat([part.contiguous().view(torch.uint8) for part in parts], -1)
     row = first[:, None] // spec.unit + number
     pages.words[index, :, row] = data.transpose(1, 2)

@@ -117,6 +117,11 @@ class QuantSpec:
         return self.grid in ("asymmetric", "least_squares")
 
     @property
+    def weighs_tokens(self) -> bool:
+        """See OpaqueSpec."""
+        return False
+
+    @property
     def stable(self) -> bool:
         """Whether quantizing what was quantized finds it again: a clipped range shrinks anew."""
         return self.clip == 1
@@ -190,7 +195,8 @@ class OpaqueSpec(ABC):
     512. `stable`: whether a tensor that was decoded encodes to about itself; a random sketch
     does not. `pre_rope`: keys are encoded as they were before the model's rotary embedding, where
     it is known; then `rope` is a field that holds it, and generic code turns tokens back and forth
-    (four bytes for each unit say where it stands).
+    (four bytes for each unit say where it stands). `weighs_tokens`: what it does depends on how
+    much attention tokens get, see `encode_weighted`.
     """
 
     bits: int
@@ -199,6 +205,7 @@ class OpaqueSpec(ABC):
     smooth: None = None
     pre_rope: bool = False
     rope: Rope | None = None
+    weighs_tokens: bool = False
 
     @abstractmethod
     def nbytes(self, head_dim: int) -> int:
@@ -219,6 +226,16 @@ class OpaqueSpec(ABC):
         Returns:
             Tensors `[..., n]` of any dtypes, together `nbytes` bytes for each unit.
         """
+
+    def encode_weighted(
+        self, x: Tensor, valid: Tensor, weight: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """`encode`, for a format that weighs tokens.
+
+        `weight`: `[..., unit]` float32, the attention that tokens get from a few queries of the
+        step (`kivi.saliency`); None where keys and values are stored without queries.
+        """
+        return self.encode(x, valid)
 
     @abstractmethod
     def decode(self, data: Tensor, head_dim: int) -> Tensor:
@@ -265,6 +282,11 @@ class KVSpec:
     def unit(self) -> int:
         """Tokens that leave the exact window together: whole planes and whole groups."""
         return max([TILE_ROWS, *(s.unit for s in (self.key, self.value) if s is not None)])
+
+    @property
+    def weighs_tokens(self) -> bool:
+        """Whether keys or values ask how much attention tokens get."""
+        return any(one is not None and one.weighs_tokens for one in (self.key, self.value))
 
     def with_rope(self, rope: Rope | None) -> KVSpec:
         """The spec in a model that turns keys so: for formats that undo it."""

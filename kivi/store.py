@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from kivi.kernels.reference import exact_positions, gather_pages, smooth_factors
 from kivi.packing import units_per_tile
 from kivi.pages import CROP
 from kivi.quantize import standing
+from kivi.saliency import Weigh
 from kivi.smoothing import smoothed
 from kivi.spec import PAGE_TOKENS, TILE_ROWS, KVSpec, QuantSpec, check_count
 from kivi.view import CacheView
@@ -29,13 +30,14 @@ class Step(NamedTuple):
 
     `position [B, T]` of each column in its row, -1 for padding; `length [B]` and `packed [B]`
     afterwards; `units`: at most so many units leave the window of a row. They may be views of the
-    counters.
+    counters. `weigh` tells formats that ask for it which tokens matter.
     """
 
     position: Tensor
     length: Tensor
     packed: Tensor
     units: int
+    weigh: Weigh | None = None
 
 
 def ring_slots(spec: KVSpec) -> int:
@@ -152,7 +154,7 @@ def write_exact(view: CacheView, spec: KVSpec, k: Tensor, v: Tensor, position: T
 def pack_units(
     view: CacheView,
     spec: KVSpec,
-    sources: tuple[Tensor, Tensor],
+    sources: Sequence[Tensor],
     first: Tensor,
     due: Tensor,
     quantize_pack: Callable[..., None],
@@ -162,7 +164,7 @@ def pack_units(
     Args:
         view: where to.
         spec: how.
-        sources: keys and values, each `[B, Hkv, m, U, D]`.
+        sources: keys and values, each `[B, Hkv, m, U, D]`, and their weights if there are any.
         first: `[B, m]` the units' first tokens, counted from the first packed token.
         due: `[B, m]` bool; the other units go to the bin.
         quantize_pack: the operator.
@@ -170,14 +172,14 @@ def pack_units(
     column = (first // PAGE_TOKENS).clamp_max(view.table.shape[1] - 1)
     page, offset = view.table.gather(1, column) * due, first % PAGE_TOKENS
     specs, sinks = (spec.key, spec.value), spec.sink_length
-    for x, pages, one in zip(sources, (view.key, view.value), specs, strict=True):
+    for x, pages, one in zip(sources[:2], view[:2], specs, strict=True):
         unit = x.shape[3]
         # Units that may fall into one word tile are written one call after the other.
         stride = units_per_tile(one.bits, unit) if isinstance(one, QuantSpec) else 1
         for start in range(min(stride, x.shape[2])):
             pick = slice(start, None, stride)
-            run = x[:, :, pick].transpose(1, 2)
-            where = standing(one, sinks + first[:, pick])
+            run, *weight = (s[:, :, pick].transpose(1, 2) for s in (x, *sources[2:]))
+            where = standing(one, sinks + first[:, pick], weight)
             quantize_pack(pages, one, run, page[:, pick], offset[:, pick], *where)
 
 
@@ -217,26 +219,26 @@ def store(
         units -= skipped * PAGE_TOKENS // unit
         begin = sinks + skipped * PAGE_TOKENS
         body = [x[:, :, begin : begin + units * unit] for x in (k, v)]
-        body = smoothed(view, spec, body, step.packed)
+        weights = [] if step.weigh is None else [step.weigh(body[0], begin)]
+        body = [*smoothed(view, spec, body, step.packed), *weights]
         if done > 0:
             page = view.table[:, skipped : skipped + done]
             at = (begin + torch.arange(done, device=k.device) * PAGE_TOKENS).expand_as(page)
-            for x, pages, one in zip(
-                body, (view.key, view.value), (spec.key, spec.value), strict=True
-            ):
-                run = x[:, :, : done * PAGE_TOKENS].unflatten(2, (done, PAGE_TOKENS))
-                where = standing(one, at)
-                quantize_pack(pages, one, run.transpose(1, 2), page, page * 0, *where)
+            full = [x[:, :, : done * PAGE_TOKENS].unflatten(2, (done, -1)) for x in body]
+            run_k, run_v, *weights = (x.transpose(1, 2) for x in full)
+            for run, pages, one in (run_k, view.key, spec.key), (run_v, view.value, spec.value):
+                quantize_pack(pages, one, run, page, page * 0, *standing(one, at, weights))
         body = [x[:, :, done * PAGE_TOKENS :] for x in body]
         units -= done * PAGE_TOKENS // unit
     elif units:
         body = _leaving(view, spec, k, v, step.position, start, units)
-        body = smoothed(view, spec, body, step.packed)
+        weights = [] if step.weigh is None else [step.weigh(body[0], sinks + start)]
+        body = [*smoothed(view, spec, body, step.packed), *weights]
     if units:
         first = start[:, None]
         if units > 1 or done:
             first = first + torch.arange(units, device=k.device) * unit + done * PAGE_TOKENS
-        sources = (body[0].unflatten(2, (units, unit)), body[1].unflatten(2, (units, unit)))
+        sources = [x.unflatten(2, (units, unit)) for x in body]
         pack_units(view, spec, sources, first, first < step.packed[:, None], quantize_pack)
     if t > SLACK:
         _enter(view, spec, k, v, step)

@@ -25,7 +25,7 @@ LAYERS = (
     ("kivi.kernels.reference", "kivi.kernels.triton_*"),
     ("kivi.kernels",),
     ("kivi.pages",),
-    ("kivi.smoothing",),
+    ("kivi.smoothing", "kivi.saliency"),
     ("kivi.store",),
     ("kivi.attention",),
     ("kivi.cache", "kivi.cache_*"),

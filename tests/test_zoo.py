@@ -215,6 +215,37 @@ def test_gear(value):
     assert np.linalg.norm(error - added) < 0.98 * np.linalg.norm(error)
 
 
+def normalized_attention(q, k):
+    """ZipCache, section 4.2, of the probes among causal queries: 5 % recent, 5 % spread."""
+    n = len(q)
+    recent = math.ceil(n / 20)
+    probes = [*(np.arange(recent) * (n - recent) // recent), *range(n - recent, n)]
+    score = (q @ k.T)[probes] * q.shape[1] ** -0.5
+    seen = np.arange(len(k)) <= np.array(probes)[:, None]
+    weight = np.exp(score) * seen
+    return (weight / weight.sum(1, keepdims=True)).sum(0) / seen.sum(0).clip(1)
+
+
+def test_zipcache():
+    """Salient tokens in 4 bits, others in 2; keys per-channel, values channel-separable."""
+    layer = KVQuantizer.get("zipcache").new_layer(
+        batch_size=1, num_kv_heads=1, head_dim=64, dtype=torch.float32
+    )
+    x = torch.tensor(X, dtype=torch.float32)[None, None]
+    q = randn(1, 2, 128, 64, seed=3)
+    layer.decode(q, x / 20, x)
+    weight = sum(normalized_attention(one.double().numpy(), X / 20) for one in q[0])
+    salient = np.zeros(128, bool)
+    salient[(-weight).argsort()[:77]] = True
+    key, value = (found[0, 0].double().numpy() for found in layer.dequantize())
+    channel = np.sqrt(np.abs(X).max(0))
+    for mask, bits in ((salient, 4), (~salient, 2)):
+        mostly_close(key[mask] * 20, min_max(X[mask], bits, 0), SCALE)
+        mostly_close(value[mask], min_max(X[mask] / channel, bits, 1) * channel, SCALE)
+    first = np.arange(128) < 77
+    mostly_close(back("zipcache", torch.tensor(X))[first], min_max(X[first], 4, 0), SCALE)
+
+
 @pytest.mark.parametrize("value", [False, True])
 def test_kvarn(value):
     """Alternate column and row deviations in logarithms, keep the least imbalance, round rows."""
@@ -305,6 +336,7 @@ def test_kvtuner_reads_bits_for_each_layer(tmp_path):
         ("atom", {}, 4.25),
         ("qserve", {}, 4.25),
         ("skvq", {}, 2.125),
+        ("zipcache", {}, (77 * 4 + 51 * 2 + 1) / 128 + (64 / 128 + 48 / 128) / 2),
         ("gear", {}, 2 + 32 / 64 + 2 * 32 / 128 + 2 * 24 / 128),
         ("skvq", dict(group_size=32), 2 + 16 / 32 + 2 / 32),
         ("oscar", {}, 3 + 16 / 128 / 2),

@@ -22,7 +22,7 @@ MOST = (16, 512)
 def low_rank(x: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """A `[..., n, r]` and B `[..., d, r]` of which `A B^T` is about the best for `x [..., n, d]`.
 
-    Power iteration as in the paper's algorithm 2, from a fixed start; A is orthonormal.
+    The power iteration of the paper (its appendix), from a fixed start; A is orthonormal.
     """
     b = random_matrix(MOST[0], MOST[1], False, x.device)[:rank, : x.shape[-1]].T
     for _ in range(STEPS):
@@ -130,7 +130,7 @@ class Recipe(OpaqueSpec):
 
 @dataclass(frozen=True, kw_only=True)
 class GEAR(KVQuantizer, name="gear", paper="2403.05527"):
-    """X = D + L + S (eq. 4): KIVI's axes in groups of 64, a low-rank error for each head, outliers.
+    """X = D + L + S (section 3): KIVI's axes in groups of 64, each head's low-rank error, outliers.
 
     2 % of each channel of keys and of each token of values, half at either end, stay in 16 bit and
     out of the backbone's ranges. Tokens are compressed 128 at a time, as the paper's streaming
