@@ -72,8 +72,8 @@ class Mixed(OpaqueSpec):
         floats: list[Tensor] = []
         if not self.by_channel:
             peak = torch.where(valid.unsqueeze(-1), x.abs(), 0.0).amax(-2)
-            channel = torch.where(peak > 0, peak.sqrt(), 1.0).clamp_min(2.0**-14).half()
-            floats, x = [channel], x / channel.float().unsqueeze(-2)
+            channel = torch.where(peak > 0, peak.sqrt(), 1.0).clamp_min(2.0**-14)
+            floats, x = [channel.half()], x / channel.unsqueeze(-2)
         data, start = [join_bits(salient, 1)], 0
         meta: list[Tensor] = []
         for tokens, bits in parts:
