@@ -53,6 +53,8 @@ PRESETS: dict[str, tuple[str, ...]] = {
         "gear",
         "gear:bits=4,group_size=none",
         "zipcache",
+        "kvquant",
+        "kvquant:bits=2",
         "plumb",
         "plumb:value_bits=1",
         "plumb:key_bits=3",

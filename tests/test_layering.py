@@ -19,7 +19,7 @@ LAYERS = (
     ("kivi.spec",),
     ("kivi.checks",),
     ("kivi.packing",),
-    ("kivi.grids", "kivi.transforms"),
+    ("kivi.grids", "kivi.transforms", "kivi.codebooks"),
     ("kivi.quantize",),
     ("kivi.view",),
     ("kivi.kernels.reference", "kivi.kernels.triton_*"),

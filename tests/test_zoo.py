@@ -215,6 +215,54 @@ def test_gear(value):
     assert np.linalg.norm(error - added) < 0.98 * np.linalg.norm(error)
 
 
+@pytest.mark.parametrize("value", [False, True])
+@pytest.mark.parametrize("bits", [2, 3])
+def test_kvquant(bits, value):
+    """The farthest from each vector's mean apart, the rest at the nearest level of its range."""
+    x = X if value else X.T
+    row = np.arange(len(x))
+    apart = np.abs(x - x.mean(1, keepdims=True)).argmax(1)
+    dense = np.ma.array(x)
+    dense[row, apart] = np.ma.masked
+    low, high = (e.filled(0)[:, None] for e in (dense.min(1), dense.max(1)))
+    spec = KVQuantizer.get("kvquant", bits=bits).spec()
+    levels = np.array((spec.value if value else spec.key).levels)
+    nearest = np.abs((x - low)[..., None] - levels * (high - low)[..., None]).argmin(-1)
+    expected = low + levels[nearest] * (high - low)
+    expected[row, apart] = x[row, apart]
+    found = back("kvquant", torch.tensor(X), value, bits=bits)
+    mostly_close(found if value else found.T, expected, SCALE)
+
+
+def test_kvquants_levels_are_the_means_of_a_gaussian():
+    """Between its ends, 2.5 deviations from the mean: no other levels have a smaller error."""
+    z = randn(400_000, seed=5).double().numpy()
+    u = (z[np.abs(z) < 2.5] / 2.5 + 1) / 2
+    for bits in (2, 3):
+        levels = np.array(KVQuantizer.get("kvquant", bits=bits).spec().key.levels)
+        assert np.allclose(levels, 1 - levels[::-1], atol=1e-6)
+        codes = np.abs(u[:, None] - levels).argmin(1)
+        assert np.allclose([u[codes == i].mean() for i in range(2**bits)], levels, atol=3e-3)
+
+
+def test_kvquant_reads_levels_for_each_layer(tmp_path):
+    file = tmp_path / "levels.json"
+    levels = [[0.1, 0.4, 0.6, 0.9], [0.0, 0.2, 0.5, 1.0]]
+    file.write_text(json.dumps({"key": levels, "value": levels[:1]}))
+    scheme = KVQuantizer.get("kvquant", bits=2, file=str(file))
+    found = [(s.key.levels[1], s.value.levels[1]) for s in map(scheme.spec, (None, 0, 1, 5))]
+    assert found == [(0.4, 0.4), (0.4, 0.4), (0.2, 0.4), (0.2, 0.4)]
+    one = back("kvquant", torch.tensor(X), True, bits=2, file=str(file), sparsity=0)
+    place = (one - X.min(1, keepdims=True)) / np.ptp(X, axis=1)[:, None]
+    assert np.abs(place[..., None] - levels[0]).min(-1).max() < 2e-3
+    with pytest.raises(ValueError, match="must hold 8 ascending levels of 0 to 1 for key"):
+        KVQuantizer.get("kvquant", file=str(file))
+    for text in ("", "{}", '{"key": []}', '{"key": [[0.1, 0.4, 0.3, 0.9]]}', '{"key": [[2]]}'):
+        file.write_text(text)
+        with pytest.raises(ValueError, match="file="):
+            KVQuantizer.get("kvquant", bits=2, file=str(file))
+
+
 def normalized_attention(q, k):
     """ZipCache, section 4.2, of the probes among causal queries: 5 % recent, 5 % spread."""
     n = len(q)
@@ -336,6 +384,7 @@ def test_kvtuner_reads_bits_for_each_layer(tmp_path):
         ("atom", {}, 4.25),
         ("qserve", {}, 4.25),
         ("skvq", {}, 2.125),
+        ("kvquant", {}, 3 + 32 / 128 + 24 / 128),
         ("zipcache", {}, (77 * 4 + 51 * 2 + 1) / 128 + (64 / 128 + 48 / 128) / 2),
         ("gear", {}, 2 + 32 / 64 + 2 * 32 / 128 + 2 * 24 / 128),
         ("skvq", dict(group_size=32), 2 + 16 / 32 + 2 / 32),
