@@ -188,7 +188,7 @@ def standing(
 
     That is no mask, their positions, and their weights if there are any.
     """
-    asks = isinstance(one, OpaqueSpec) and (one.rope is not None or one.weighs_tokens)
+    asks = isinstance(one, OpaqueSpec) and (one.pre_rope or one.weighs_tokens)
     return (None, position, *weight) if asks else ()
 
 
@@ -208,10 +208,12 @@ def _encode(
     units = x.float().unflatten(2, (-1, spec.unit))
     parts: list[Tensor] = []
     number = torch.arange(units.shape[2], device=x.device)
-    if spec.rope is not None:
+    if spec.pre_rope:
         assert position is not None
         place = (position[:, None] + number * spec.unit)[:, None, :, None].to(torch.int32)
-        units = turn(units, place + torch.arange(spec.unit, device=x.device), spec.rope, back=True)
+        if spec.rope is not None:
+            each = place + torch.arange(spec.unit, device=x.device)
+            units = turn(units, each, spec.rope, back=True)
         parts.append(place.expand(*units.shape[:3], 1))
     if weight is not None:
         weight = weight.squeeze(-1).unflatten(-1, (-1, spec.unit))
@@ -223,10 +225,11 @@ def _encode(
 
 def _decode(words: Tensor, spec: OpaqueSpec, head_dim: int) -> Tensor:
     """What `_encode` wrote, `[N, Hkv, 512/U, U, D]` float32."""
+    place, data = words.split([skip := PLACE_BYTES * spec.pre_rope, words.shape[-1] - skip], -1)
+    x = spec.decode(data, head_dim)
     if spec.rope is None:
-        return spec.decode(words, head_dim)
-    place = of_bytes(words[..., :PLACE_BYTES], torch.int32)
-    x = spec.decode(words[..., PLACE_BYTES:], head_dim)
+        return x
+    place = of_bytes(place, torch.int32)
     return turn(x, place + torch.arange(spec.unit, device=words.device), spec.rope)
 
 

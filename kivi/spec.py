@@ -193,10 +193,10 @@ class OpaqueSpec(ABC):
 
     `bits`: of a code, for tables. `unit`: tokens that are encoded together, a power of two up to
     512. `stable`: whether a tensor that was decoded encodes to about itself; a random sketch
-    does not. `pre_rope`: keys are encoded as they were before the model's rotary embedding, where
-    it is known; then `rope` is a field that holds it, and generic code turns tokens back and forth
-    (four bytes for each unit say where it stands). `weighs_tokens`: what it does depends on how
-    much attention tokens get, see `encode_weighted`.
+    does not. `pre_rope`: for keys, which are encoded as they were before the model's rotary
+    embedding, where it is known: `rope` is then a field that holds it, and generic code turns
+    tokens back and forth (four bytes for each unit say where it stands). `weighs_tokens`: what it
+    does depends on the attention that tokens get, see `encode_weighted`.
     """
 
     bits: int
@@ -247,8 +247,8 @@ class OpaqueSpec(ABC):
         return 8 * self.unit_nbytes(head_dim) / (self.unit * head_dim)
 
     def unit_nbytes(self, head_dim: int) -> int:
-        """Bytes of a unit as stored: `nbytes`, and where it stands if it was turned back."""
-        return self.nbytes(head_dim) + PLACE_BYTES * (self.rope is not None)
+        """Bytes of a unit as stored: `nbytes`, and where it stands if that must be known."""
+        return self.nbytes(head_dim) + PLACE_BYTES * self.pre_rope
 
 
 Spec = QuantSpec | OpaqueSpec

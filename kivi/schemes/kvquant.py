@@ -62,9 +62,9 @@ class NonUniform(OpaqueSpec):
     levels: tuple[float, ...]
     sparsity: float
     unit: int
+    pre_rope: bool
     rope: Rope | None = None
     stable = False  # no level lies at an end, so that the range shrinks anew
-    pre_rope = True
 
     def __post_init__(self) -> None:
         if type(self.sparsity) not in (int, float) or not 0 <= self.sparsity <= 0.5:
@@ -153,7 +153,7 @@ class KVQuant(KVQuantizer, name="kvquant", paper="2401.18079"):
                 else read_levels(self.file, bits, name, layer_idx or 0)
             )
             keys = name == "key"
-            return NonUniform(bits, keys, levels, self.sparsity, 128 if keys else 1)
+            return NonUniform(bits, keys, levels, self.sparsity, 128 if keys else 1, keys)
 
         key, value = one("key", self.key_bits), one("value", self.value_bits)
         return KVSpec(key, value, self.residual_length, self.sink_length)

@@ -29,10 +29,10 @@ class Reordered(OpaqueSpec):
 
     bits: int
     group_size: int | None
+    pre_rope: bool = False
     rope: Rope | None = None
     unit = 32
     stable = False  # a clipped range shrinks anew
-    pre_rope = True
 
     def __post_init__(self) -> None:
         QuantSpec(self.bits, "token", self.group_size)  # raises for what is not allowed
@@ -120,7 +120,7 @@ class SKVQ(KVQuantizer, name="skvq", paper="2405.06219"):
     def spec(self, layer_idx: int | None = None) -> KVSpec:
         """See KVQuantizer.spec."""
         key, value = (
-            Reordered(self.bits if bits is None else bits, self.group_size)
-            for bits in (self.key_bits, self.value_bits)
+            Reordered(self.bits if bits is None else bits, self.group_size, pre_rope)
+            for bits, pre_rope in ((self.key_bits, True), (self.value_bits, False))
         )
         return KVSpec(key, value, self.residual_length, self.sink_length)
