@@ -22,15 +22,17 @@ MOST = (16, 512)
 def low_rank(x: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """A `[..., n, r]` and B `[..., d, r]` of which `A B^T` is about the best for `x [..., n, d]`.
 
-    The power iteration of the paper (its appendix), from a fixed start; A is orthonormal.
+    The power iteration of the paper (its appendix), from a fixed start; A is orthonormal. In
+    float64, so that what is stored hardly depends on the order of sums.
     """
-    b = random_matrix(MOST[0], MOST[1], False, x.device)[:rank, : x.shape[-1]].T
+    x = x.double()
+    b = random_matrix(MOST[0], MOST[1], False, x.device)[:rank, : x.shape[-1]].T.double()
     for _ in range(STEPS):
         columns: list[Tensor] = []
         for a in (x @ b).unbind(-1):
             for one in columns:
                 a = a - (one * a).sum(-1, keepdim=True) * one
-            columns.append(a / a.norm(dim=-1, keepdim=True).clamp_min(1e-20))
+            columns.append(a / a.norm(dim=-1, keepdim=True).clamp_min(1e-30))
         found = torch.stack(columns, -1)
         b = x.transpose(-1, -2) @ found
     return found, b
