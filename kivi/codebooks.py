@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
+import torch
+from torch import Tensor
+
 ROUNDS = 200
+BINS = 4096
 
 
 def k_means(
@@ -25,3 +29,11 @@ def k_means(
         # A mean to which no point is nearest stays.
         found = [a / b if b > 1e-30 else old for (a, b), old in zip(sums, found, strict=True)]
     return tuple(found)
+
+
+def levels(places: Tensor, weights: Tensor, count: int) -> tuple[float, ...]:
+    """The weighted k-means of numbers between 0 and 1, found on a histogram of them."""
+    place = (places.flatten() * BINS).long().clamp(0, BINS - 1)
+    mass = torch.bincount(place, weights.flatten().double(), BINS).tolist()
+    points = [(i + 0.5) / BINS for i in range(BINS)]
+    return k_means(points, mass, [(i + 0.5) / count for i in range(count)])
