@@ -194,9 +194,7 @@ class LayerCache:
             out, _ = self._ops.extend_attention(
                 q, k, v, past, self.spec, query, scale, valid, mask, *options
             )
-        if self.spec.weighs_tokens:
-            step = step._replace(weigh=saliency.weigher(q, step.position, scale))
-        self._store(k, v, valid, step, host)
+        self._store(k, v, valid, saliency.weighed(step, self.spec, q, scale), host)
         return out  # type: ignore[no-any-return]
 
     @torch.inference_mode(False)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from kivi.kernels.reference import BLOCK_SCORES
+from kivi.spec import KVSpec
+from kivi.store import Step
 
 SHARE = 20
 """One of so many queries is a probe because it is recent, one because of where it lies."""
-
-Weigh = Callable[[Tensor, Tensor | int], Tensor]
-"""Saliency `[B, Hkv, n, 1]` of keys `[B, Hkv, n, D]`, given the first one's position, `[B]`."""
 
 
 def probe_index(t: int, device: torch.device) -> Tensor:
@@ -24,21 +21,20 @@ def probe_index(t: int, device: torch.device) -> Tensor:
     return torch.cat([spread, torch.arange(t - recent, t, device=device)])
 
 
-def weigher(q: Tensor, position: Tensor, scale: float) -> Weigh:
-    """What weighs the tokens that leave the window in a step.
+def weighed(step: Step, spec: KVSpec, q: Tensor, scale: float) -> Step:
+    """A step with what weighs the tokens that leave the window in it, if a format asks for it.
 
     Args:
+        step: the step.
+        spec: how the layer is packed.
         q: `[B, Hq, T, D]`, the step's queries.
-        position: `[B, T]` of them, negative for padding.
         scale: factor of the scores.
     """
+    if not spec.weighs_tokens:
+        return step
     index = probe_index(q.shape[2], q.device)
-    probes, place = q[:, :, index].float() * scale, position[:, index]
-
-    def weigh(k: Tensor, first: Tensor | int) -> Tensor:
-        return saliency(probes, place, k, first)
-
-    return weigh
+    probes, place = q[:, :, index].float() * scale, step.position[:, index]
+    return step._replace(weigh=lambda k, first: saliency(probes, place, k, first))
 
 
 def saliency(probes: Tensor, place: Tensor, k: Tensor, first: Tensor | int) -> Tensor:

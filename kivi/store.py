@@ -12,7 +12,6 @@ from kivi.kernels.reference import exact_positions, gather_pages, smooth_factors
 from kivi.packing import units_per_tile
 from kivi.pages import CROP
 from kivi.quantize import standing
-from kivi.saliency import Weigh
 from kivi.smoothing import smoothed
 from kivi.spec import PAGE_TOKENS, TILE_ROWS, KVSpec, QuantSpec, check_count
 from kivi.view import CacheView
@@ -30,14 +29,14 @@ class Step(NamedTuple):
 
     `position [B, T]` of each column in its row, -1 for padding; `length [B]` and `packed [B]`
     afterwards; `units`: at most so many units leave the window of a row. They may be views of the
-    counters. `weigh` tells formats that ask for it which tokens matter.
+    counters. `weigh` tells formats that ask for it which tokens matter (`kivi.saliency`).
     """
 
     position: Tensor
     length: Tensor
     packed: Tensor
     units: int
-    weigh: Weigh | None = None
+    weigh: Callable[[Tensor, Tensor | int], Tensor] | None = None
 
 
 def ring_slots(spec: KVSpec) -> int:

@@ -40,9 +40,8 @@ def test_probes_are_recent_and_spread_queries():
     index = saliency.probe_index(100, torch.device("cpu"))
     assert index.tolist() == [0, 19, 38, 57, 76, 95, 96, 97, 98, 99]
     assert saliency.probe_index(1, torch.device("cpu")).tolist() == [0]
-    q, position = torch.ones(1, 1, 1, 1), torch.zeros(1, 1)
-    one = saliency.weigher(q, position, 1.0)
-    assert one(torch.ones(1, 1, 4, 1), 0).flatten().tolist() == [1, 0, 0, 0]
+    one = saliency.saliency(torch.ones(1, 1, 1, 1), torch.zeros(1, 1), torch.ones(1, 1, 4, 1), 0)
+    assert one.flatten().tolist() == [1, 0, 0, 0]
 
 
 @pytest.mark.parametrize("name", WEIGHING)
