@@ -32,6 +32,7 @@ from kivi.evals.passkey import PasskeySample, PasskeyTemplate, passkey_batch
 from kivi.evals.report import Settings, write_report
 from kivi.evals.rows import COLUMNS, cells, make_row
 from kivi.hf import KVCache
+from kivi.hf_rope import find_rope
 
 ATTENTION_TEXTS = 1
 """Texts whose attention is compared; each adds its queries, keys and values to memory."""
@@ -226,6 +227,7 @@ def make_candidate(loaded: LoadedModel, label: str, scheme: KVQuantizer, impl: s
             device=x.k.device,
             impl=implementation,
             layer_idx=layer_idx,
+            rope=find_rope(loaded.model, layer_idx),
         )
 
     return Candidate(label, make_cache, make_layer)

@@ -29,9 +29,10 @@ from kivi.attention import Impl
 from kivi.hf_attention import ATTENTION
 from kivi.hf_layer import PackedLayer
 from kivi.hf_masks import Shared
+from kivi.hf_rope import find_rope
 from kivi.hf_schemes import Schemes, layer_schemes
 from kivi.pages import CacheBytes
-from kivi.spec import check_count
+from kivi.spec import OpaqueSpec, check_count
 
 __all__ = ["ATTENTION", "KVCache", "PackedLayer"]
 
@@ -86,6 +87,8 @@ class KVCache(Cache):
             if packs and types[i] != "chunked_attention":
                 window = getattr(kind, "sliding_window", None)
                 spec = self.schemes[i].spec(i)
+                if isinstance(spec.key, OpaqueSpec) and spec.key.pre_rope:
+                    spec = spec.with_rope(find_rope(model, i))
                 layers.append(PackedLayer(spec, window, max_length, impl, check_finite, shared))
             else:
                 foreign.add(type(kind).__name__)
@@ -106,6 +109,11 @@ class KVCache(Cache):
     def packed_layers(self) -> list[PackedLayer]:
         """The layers that are quantized."""
         return [layer for layer in self.layers if isinstance(layer, PackedLayer)]
+
+    @property
+    def weighs_tokens(self) -> bool:
+        """Whether a scheme asks for a prompt's queries, which `prefill_from` does not give."""
+        return any(layer.spec.weighs_tokens for layer in self.packed_layers)
 
     @property
     def packed_calls(self) -> list[int]:

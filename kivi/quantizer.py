@@ -17,7 +17,7 @@ from torch import Tensor
 from kivi.attention import Impl
 from kivi.cache import LayerCache
 from kivi.quantize import PackedTensor, dequantize, quantize
-from kivi.spec import KVSpec
+from kivi.spec import KVSpec, Rope
 
 _SCHEMES: dict[str, type[KVQuantizer]] = {}
 
@@ -122,10 +122,14 @@ class KVQuantizer(ABC):
         impl: Impl = "auto",
         check_finite: bool = False,
         layer_idx: int | None = None,
+        rope: Rope | None = None,
     ) -> LayerCache:
-        """An empty cache for one layer. Arguments and errors: see `kivi.cache.LayerCache`."""
+        """An empty cache for one layer. Arguments and errors: see `kivi.cache.LayerCache`.
+
+        `rope`: how the model turns keys, for schemes that quantize them as they were before.
+        """
         return LayerCache(
-            self.spec(layer_idx),
+            self.spec(layer_idx).with_rope(rope),
             batch_size,
             num_kv_heads,
             head_dim,
