@@ -19,7 +19,14 @@ from kivi.evals.attention_error import AttentionInputs, attention_errors
 from kivi.evals.environment import environment
 from kivi.evals.pathologies import PATHOLOGIES, pathology
 
-SCHEMES = ("kivi", "kivi:group_size=128", "plumb", "plumb:key_bits=3", "quarot:bits=2", "oscar")
+SCHEMES = (
+    "kivi",
+    "kivi:group_size=128",
+    "plumb",
+    "plumb:key_bits=3",
+    "quarot:bits=2",
+    "oscar_omni",
+)
 
 
 def error(scheme: KVQuantizer, name: str, head_dim: int, seeds: int) -> float:

@@ -134,20 +134,23 @@ def schemes(
 
 @app.command()
 def tune(
-    out: Annotated[Path, typer.Option(help="File for the bits of each layer.")],
+    out: Annotated[Path, typer.Option(help="File for what is found of each layer.")],
+    scheme: Annotated[
+        str, typer.Option(help="What to find: bits for 'kvtuner', rotations for 'oscar_cov'.")
+    ] = "kvtuner",
     bits: Annotated[
-        float, typer.Option(help="Mean bits of a code, scales and zeros not counted.")
+        float, typer.Option(help="Mean bits of a code, scales and zeros not counted (kvtuner).")
     ] = 3.0,
     model: Model = "embedded",
     text: Annotated[
         Path | None, typer.Option(help="Text to measure on; else the embedded held-out text.")
     ] = None,
-    context: Annotated[int, typer.Option(help="Tokens, half of them prefill.")] = 1024,
+    context: Annotated[int, typer.Option(help="Tokens; half are prefill (kvtuner).")] = 1024,
     seed: Annotated[int, typer.Option(help="Where in the text.")] = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
-    """Find bits of keys and values for each layer, for the scheme 'kvtuner'."""
+    """Run a model to find what a scheme wants to know of each layer, and save it as a file."""
     with _user_errors():
         from kivi.cli_tune import run_tune
 
@@ -155,6 +158,7 @@ def tune(
             model,
             text,
             out,
+            scheme=scheme,
             bits=bits,
             context=context,
             seed=seed,

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 
 from kivi.kernels import reference
+from kivi.kernels.sparse import decode_attention as sparse_decode
 from kivi.spec import KVSpec, check_choice
 
 Impl = Literal["auto", "eager", "compile", "triton"]
@@ -26,9 +27,14 @@ class Ops(NamedTuple):
 _EAGER = Ops(reference.quantize_pack, reference.decode_attention, reference.extend_attention)
 
 
+def _eager(spec: KVSpec) -> Ops:
+    """The operators in plain torch."""
+    return _EAGER if spec.sparse is None else _EAGER._replace(decode_attention=sparse_decode)
+
+
 @cache
-def _compiled() -> Ops:
-    return Ops(*(torch.compile(op) for op in _EAGER))
+def _compiled(ops: Ops) -> Ops:
+    return Ops(*(torch.compile(op) for op in ops))
 
 
 @cache
@@ -50,6 +56,8 @@ def _triton_ops(
     triton = _triton()
     if isinstance(triton, str):
         return triton
+    if spec.sparse is not None:
+        return "attention that leaves out bits and values has no kernel"
     if head_dims is not None and dtype is not None and device is not None:
         reason = triton.supports(spec, head_dims, dtype, device)
         if reason is not None:
@@ -89,7 +97,7 @@ def get_ops(
     """
     check_choice("impl", impl, get_args(Impl))
     if impl == "compile":
-        return _compiled()
+        return _compiled(_eager(spec))
     if impl == "triton" or (impl == "auto" and device is not None and device.type == "cuda"):
         ops = _triton_ops(spec, head_dims, dtype, device)
         if impl == "triton" and isinstance(ops, Ops) and ops.quantize_pack is _EAGER.quantize_pack:
@@ -101,4 +109,4 @@ def get_ops(
                 f"impl='triton' cannot serve this cache: {ops}; "
                 "choose from 'auto', 'eager', 'compile'"
             )
-    return _EAGER
+    return _eager(spec)

@@ -14,6 +14,7 @@ from torch import Tensor
 from kivi import checks, saliency, steps, store
 from kivi.attention import Impl, get_ops
 from kivi.pages import CacheBytes, PageTable
+from kivi.sinks import before_sinks, with_sinks
 from kivi.smoothing import new_smooth
 from kivi.spec import KVSpec, check_choice, check_count
 from kivi.steps import Counts, Step
@@ -75,7 +76,7 @@ class LayerCache:
         self.device = checks.check_device(device)
         shape, where = (batch_size, num_kv_heads, (head_dim, value_head_dim)), (dtype, self.device)
         self._ops = get_ops(impl, spec, shape[2], *where)
-        self._pages = PageTable(spec, *shape, *where, max_length, sliding_window)
+        self._pages = PageTable(spec, *shape, *where, max_length, spec.narrow(sliding_window))
         self._table = torch.zeros(batch_size, 0, dtype=torch.int64, device=self.device)
         slots = (batch_size, num_kv_heads, spec.sink_length + steps.ring_slots(spec) + 1)
         self._exact_key = torch.zeros(*slots, head_dim, dtype=dtype, device=self.device)
@@ -176,7 +177,7 @@ class LayerCache:
                 layer's.
         """
         self._check(k, v, valid)
-        sliding_window = checks.check_window(sliding_window, self.sliding_window)
+        window = self.spec.narrow(checks.check_window(sliding_window, self.sliding_window))
         checks.check_query(q, k, mask, softcap, s_aux)
         b, _, t, d = k.shape
         if t == 0:
@@ -184,20 +185,20 @@ class LayerCache:
         scale = d**-0.5 if scale is None else scale
         step, host = self._step(t, valid)
         query = step.position if valid is None else step.position.clamp_min(0)
-        options = (steps.needed(sliding_window, host, self.max_length), softcap, s_aux)
-        view = self._view()
+        options = (steps.needed(window, host, self.max_length), softcap, s_aux)
+        view, (query, mask) = self._view(), before_sinks(query, mask, self.spec, options[0])
         if t <= steps.SLACK:
             store.write_new(view, k, v, step)
         if t <= steps.SLACK and mask is None:
             view = self._view(step.length)
-            out, _ = self._ops.decode_attention(q, view, self.spec, query, scale, *options)
+            out, lse = self._ops.decode_attention(q, view, self.spec, query, scale, *options)
         else:
             past = None if self._is_empty() else view
-            out, _ = self._ops.extend_attention(
+            out, lse = self._ops.extend_attention(
                 q, k, v, past, self.spec, query, scale, valid, mask, *options
             )
         self._store(k, v, valid, saliency.weighed(step, self.spec, q, scale), host)
-        return out  # type: ignore[no-any-return]
+        return with_sinks(out, lse, q, self._view(), self.spec, query, scale, *options[:2])
 
     @torch.inference_mode(False)
     def select(self, indices: Tensor | list[int]) -> None:
@@ -263,9 +264,8 @@ class LayerCache:
 
     def check_crop(self, tokens: int) -> Counts:
         """What `crop` raises, and the counts after it; nothing changes."""
-        counts = self._mirror()
-        lost = self._pages.forgotten(counts[1])
-        return steps.cut(self.spec, counts, tokens, self.sliding_window, lost)
+        counts, window = self._mirror(), self.spec.narrow(self.sliding_window)
+        return steps.cut(self.spec, counts, tokens, window, self._pages.forgotten(counts[1]))
 
     def reset(self) -> None:
         """Forget all tokens; buffers and, with `max_length`, addresses stay."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import Any
 
 import torch
@@ -10,30 +11,24 @@ from torch import Tensor
 
 from kivi.attention import Impl
 from kivi.cache import LayerCache
-from kivi.spec import KVSpec, OpaqueSpec, QuantSpec
+from kivi.spec import KVSpec, Rope
 
 
 def describe(cache: LayerCache) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What `rebuild` makes the layer of again.
 
     Raises:
-        ValueError: for a format of a scheme's own, which no other program could read.
+        ValueError: for a format whose fields JSON cannot write.
 
     Returns:
         a description that JSON can write, and tensors by name: each page that holds packed tokens
         once, whatever rows share it, and the exact slots.
     """
-    for name, spec in (("key", cache.spec.key), ("value", cache.spec.value)):
-        if isinstance(spec, OpaqueSpec):
-            raise ValueError(
-                f"a cache whose {name} spec is {type(spec).__name__} cannot be saved; what is "
-                "declared as a QuantSpec can"
-            )
     packed = cache.packed_lengths()
     pages, rows = cache._pages.used(packed)
     index = torch.tensor(pages, dtype=torch.int64, device=cache.device)
     description = {
-        "spec": dataclasses.asdict(cache.spec),
+        "spec": fields_of(cache.spec),
         "shape": [cache.num_kv_heads, cache.head_dim, cache.value_head_dim],
         "dtype": str(cache.dtype).removeprefix("torch."),
         "max_length": cache.max_length,
@@ -48,6 +43,7 @@ def describe(cache: LayerCache) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def rebuild(
+    spec: KVSpec,
     description: dict[str, Any],
     tensors: dict[str, Tensor],
     *,
@@ -58,6 +54,7 @@ def rebuild(
     """The layer that `describe` gave these of.
 
     Args:
+        spec: how the layer is packed; its fields are those of the description.
         description: see `describe`.
         tensors: see `describe`, on any device.
         device: where the layer is to live.
@@ -69,7 +66,7 @@ def rebuild(
     """
     lengths, packed = description["lengths"], description["packed"]
     cache = LayerCache(
-        _spec(description["spec"]),
+        spec,
         len(lengths),
         *description["shape"],
         max_length=description["max_length"],
@@ -115,6 +112,20 @@ def _of_rows(cache: LayerCache) -> dict[str, Tensor]:
     return {n: x for n, x in named if isinstance(x, Tensor) and x.numel() and n not in others}
 
 
-def _spec(fields: dict[str, Any]) -> KVSpec:
-    key, value = (x if x is None else QuantSpec(**x) for x in (fields["key"], fields["value"]))
-    return KVSpec(**{**fields, "key": key, "value": value})
+def fields_of(spec: KVSpec) -> dict[str, Any]:
+    """The spec as JSON gives it back.
+
+    Raises:
+        ValueError: for a format whose fields JSON cannot write.
+    """
+    try:
+        fields: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(spec)))
+    except TypeError as error:
+        raise ValueError(f"this cache cannot be saved: {error}") from None
+    return fields
+
+
+def rope_of(fields: dict[str, Any]) -> Rope | None:
+    """The rotary embedding in a spec's fields: its own, or its keys'."""
+    rope = fields.get("rope") or (fields["key"] or {}).get("rope")
+    return rope and Rope(*map(tuple, rope.values()))

@@ -32,7 +32,7 @@ from kivi.hf_masks import Shared
 from kivi.hf_rope import find_rope
 from kivi.hf_schemes import Schemes, layer_schemes
 from kivi.pages import CacheBytes
-from kivi.spec import OpaqueSpec, check_count
+from kivi.spec import check_count
 
 __all__ = ["ATTENTION", "KVCache", "PackedLayer"]
 
@@ -55,8 +55,8 @@ class KVCache(Cache):
         options: the scheme's options, where `scheme` is a name.
 
     Raises:
-        ValueError: for an encoder-decoder model, an unknown scheme or option, or schemes that do
-            not fit the model's layers.
+        ValueError: for an encoder-decoder model, an unknown scheme or option, schemes that do not
+            fit the model's layers, or one that drops tokens without a rotary embedding to turn.
     """
 
     def __init__(
@@ -87,8 +87,13 @@ class KVCache(Cache):
             if packs and types[i] != "chunked_attention":
                 window = getattr(kind, "sliding_window", None)
                 spec = self.schemes[i].spec(i)
-                if isinstance(spec.key, OpaqueSpec) and spec.key.pre_rope:
+                if spec.asks_for_rope:
                     spec = spec.with_rope(find_rope(model, i))
+                    if spec.window is not None and spec.rope is None:
+                        raise ValueError(
+                            f"scheme={self.schemes[i].name!r} drops tokens, which takes a rotary "
+                            f"embedding; none was found in model={type(model).__name__}, layer {i}"
+                        )
                 layers.append(PackedLayer(spec, window, max_length, impl, check_finite, shared))
             else:
                 foreign.add(type(kind).__name__)

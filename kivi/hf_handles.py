@@ -102,8 +102,15 @@ class Columns:
         """All keys and values `[B, Hkv, N, D]` in their columns; those of `update` are exact.
 
         What the layer's window has forgotten is 0: no mask of such a layer shows it.
+
+        Raises:
+            ValueError: for more columns than `max_length`, or if the scheme has dropped tokens.
         """
-        t = update.k.shape[2]
+        t, spec = update.k.shape[2], self.cache.spec
+        longest = max(self.cache.lengths()) + t * (not update.stored)
+        own = spec.window if spec.window == spec.narrow(self.window) else None
+        if own is not None and longest > spec.sink_length + own:
+            raise ValueError(f"window={own} has dropped tokens; this model needs all of them dense")
         before = int(self.seen) - t * update.stored
         total = self.total(0 if update.stored else t)
         if before + t > total:

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kivi.attention import Impl
-from kivi.cache_file import describe, rebuild
+from kivi.cache_file import describe, fields_of, rebuild, rope_of
 from kivi.hf_handles import Columns
 from kivi.hf_masks import Shared
 from kivi.quantizer import KVQuantizer
@@ -84,11 +84,12 @@ def load(
         prefix = f"{i}."
         held = {n.removeprefix(prefix): x for n, x in tensors.items() if n.startswith(prefix)}
         padding = [(n, held.pop(f"padding_{j}")) for j, n in enumerate(layer["padding"])]
-        cache = rebuild(layer, held, device=device, impl=impl, check_finite=finite)
-        if cache.spec != scheme.spec(i):
+        spec = scheme.spec(i).with_rope(rope_of(layer["spec"]))
+        if fields_of(spec) != layer["spec"]:
             raise ValueError(
-                f"path={str(path)!r} has {scheme.name!r} of another release: {cache.spec}"
+                f"path={str(path)!r} has {scheme.name!r} of another release: {layer['spec']}"
             )
+        cache = rebuild(spec, layer, held, device=device, impl=impl, check_finite=finite)
         columns = Columns(cache, cache.sliding_window, shared)
         columns.advance(layer["seen"])
         columns.padding = [(first, valid.to(device)) for first, valid in padding]

@@ -86,6 +86,7 @@ class QuantSpec:
     center: int | None = None
     token_norm: bool = False
     smooth: Smooth | None = None
+    pre_rope = weighs_tokens = False  # see OpaqueSpec
 
     def __post_init__(self) -> None:
         check_choice("bits", self.bits, BITS)
@@ -115,11 +116,6 @@ class QuantSpec:
     def has_zero(self) -> bool:
         """Whether a zero is stored beside each scale (other grids derive it)."""
         return self.grid in ("asymmetric", "least_squares")
-
-    @property
-    def weighs_tokens(self) -> bool:
-        """See OpaqueSpec."""
-        return False
 
     @property
     def stable(self) -> bool:
@@ -241,6 +237,10 @@ class OpaqueSpec(ABC):
     def decode(self, data: Tensor, head_dim: int) -> Tensor:
         """The tokens `[..., unit, D]` float32 of encoded units, `[..., nbytes]` uint8."""
 
+    def coarse(self) -> OpaqueSpec:
+        """What reads the most significant bits alone of the same bytes (see `Sparse`)."""
+        return self
+
     def bits_per_element(self, head_dim: int) -> float:
         """Bits stored for an element, everything counted."""
         check_count("head_dim", head_dim, 1)
@@ -256,6 +256,28 @@ Spec = QuantSpec | OpaqueSpec
 
 
 @dataclass(frozen=True)
+class Sparse:
+    """What attention of a few queries leaves out (`kivi.kernels.sparse`).
+
+    Args:
+        threshold: the probability from which on the most significant bits of keys are enough.
+        values: the part of the values, those of the largest probabilities, that are read.
+
+    Raises:
+        ValueError: for a part outside of (0, 1] or a negative threshold.
+    """
+
+    threshold: float
+    values: float = 1.0
+
+    def __post_init__(self) -> None:
+        if type(self.threshold) not in (int, float) or not self.threshold >= 0:
+            raise ValueError(f"threshold={self.threshold!r} is not allowed; it must be >= 0")
+        if type(self.values) not in (int, float) or not 0 < self.values <= 1:
+            raise ValueError(f"values={self.values!r} is not allowed; it must lie in (0, 1]")
+
+
+@dataclass(frozen=True)
 class KVSpec:
     """How a layer's keys and values are kept.
 
@@ -264,19 +286,33 @@ class KVSpec:
         value: likewise for the values.
         residual_length: R, the most recent tokens that always stay exact.
         sink_length: S, the first tokens that always stay exact.
+        window: queries see so many most recent tokens, themselves included, and the sinks; what
+            lies between is dropped, and sinks move up to the window (`kivi.sinks`). None keeps all.
+        rope: how the model turns keys, where there is a window (see `with_rope`).
+        sparse: what attention leaves out; None reads all.
 
     Raises:
-        ValueError: for a negative or non-integer length.
+        ValueError: for a negative or non-integer length, or a window below 1.
     """
 
     key: Spec | None
     value: Spec | None
     residual_length: int = 128
     sink_length: int = 0
+    window: int | None = None
+    rope: Rope | None = None
+    sparse: Sparse | None = None
 
     def __post_init__(self) -> None:
         check_count("residual_length", self.residual_length)
         check_count("sink_length", self.sink_length)
+        check_count("window", 1 if self.window is None else self.window, 1)
+
+    def narrow(self, window: int | None) -> int | None:
+        """The smaller of a window of queries and the spec's own; None where there is neither."""
+        if window is None or self.window is None:
+            return self.window if window is None else window
+        return min(window, self.window)
 
     @property
     def unit(self) -> int:
@@ -289,11 +325,17 @@ class KVSpec:
         """Whether keys or values ask how much attention tokens get."""
         return any(one is not None and one.weighs_tokens for one in (self.key, self.value))
 
+    @property
+    def asks_for_rope(self) -> bool:
+        """Whether keys, or sinks that move, are turned as the model does."""
+        return self.window is not None or (self.key is not None and self.key.pre_rope)
+
     def with_rope(self, rope: Rope | None) -> KVSpec:
-        """The spec in a model that turns keys so: for formats that undo it."""
-        if not isinstance(self.key, OpaqueSpec) or not self.key.pre_rope:
-            return self
-        return replace(self, key=replace(self.key, rope=rope))  # type: ignore[type-var]
+        """The spec in a model that turns keys so: for formats that undo it, and sinks that move."""
+        spec = self if self.window is None else replace(self, rope=rope)
+        if isinstance(self.key, OpaqueSpec) and self.key.pre_rope:
+            spec = replace(spec, key=replace(self.key, rope=rope))  # type: ignore[type-var]
+        return spec
 
     def bits_per_element(self, head_dim: int, value_head_dim: int | None = None) -> float:
         """Mean bits of a packed key or value element; 16 for what stays unquantized."""

@@ -40,8 +40,12 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor
     return scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v
 
 
+# Attention of the others leaves something out (`KVSpec.sparse`).
+READS_ALL = [n for n in KVQuantizer.available() if KVQuantizer.get(n).spec().sparse is None]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", KVQuantizer.available())
+@pytest.mark.parametrize("name", READS_ALL)
 def test_decode_against_float64(name: str, dtype: torch.dtype) -> None:
     layer = new_layer(dtype, None, name)
     for t in (700, 1, 40, 1, 33, 5):

@@ -147,6 +147,19 @@ def test_damaged_files_are_refused(
     assert untouched.config._attn_implementation != ATTENTION
 
 
+@pytest.mark.parametrize("name", KVQuantizer.available())
+def test_a_cache_of_any_scheme_comes_back(name: str, tmp_path: Path) -> None:
+    """Formats of their own included: their bytes are read by the scheme that the file names."""
+    model, inputs = tiny("llama", head_dim=32), prompt(tokens=250)
+    cache = KVCache(model, name)
+    forward(model, cache, inputs["input_ids"])
+    cache.save(tmp_path / "cache.safetensors")
+    loaded = KVCache.load(tmp_path / "cache.safetensors", model)
+    torch.testing.assert_close(state(loaded), state(cache), rtol=0, atol=0)
+    more = prompt(tokens=3, seed=1)["input_ids"]
+    assert torch.equal(forward(model, loaded, more), forward(model, cache, more))
+
+
 def test_other_models_are_refused(filled: Path) -> None:
     with pytest.raises(ValueError, match=r"another model: \{.*'model_type': 'gemma3_text'"):
         KVCache.load(filled, tiny("llama"))

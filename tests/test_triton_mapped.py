@@ -164,7 +164,9 @@ def test_operator_is_registered_soundly(monkeypatch: pytest.MonkeyPatch) -> None
 def test_what_is_served_by_what() -> None:
     plumb = KVQuantizer.get("plumb").spec()
     assert supports(plumb.key, plumb.value, 128, 128, HALF) is None
-    assert "token_norm" in str(supports(KVQuantizer.get("oscar").spec().key, None, 64, 64, HALF))
+    assert "token_norm" in str(
+        supports(KVQuantizer.get("oscar_omni").spec().key, None, 64, 64, HALF)
+    )
     small = QuantSpec(2, "token", 32, center=16)
     assert "center=16" in str(supports(small, None, 64, 64, HALF))
     device = torch.device(DEVICE)

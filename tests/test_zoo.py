@@ -6,15 +6,19 @@ import math
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from kivi import KVQuantizer
 from kivi.__main__ import app
+from kivi.cli_model import open_model
 from kivi.cli_schemes import parse_scheme
-from kivi.evals.attention_error import attention_errors
+from kivi.evals.attention_error import AttentionInputs, attention_errors, record_attention
 from kivi.evals.pathologies import PATHOLOGIES, pathology
+from kivi.evals.rotations import attention_rotations
 from kivi.evals.tuning import choose_pairs
 from kivi.kernels.reference import partial_attention
+from kivi.spec import Rope
 from kivi.transforms import random_matrix
 
 
@@ -97,13 +101,107 @@ def test_quarot(bits, value):
     mostly_close(back("quarot", torch.tensor(X), value, bits=bits) @ matrix(64), expected, SCALE)
 
 
-def test_oscar():
+def test_oscar_omni():
     rotated = X @ matrix(64)
     norm = np.linalg.norm(rotated, axis=1, keepdims=True)
     keys = [min_max(run, 2, 0) for run in np.split(rotated / norm, 4)]
-    mostly_close(back("oscar", torch.tensor(X)) @ matrix(64), np.concatenate(keys) * norm, SCALE)
+    mostly_close(
+        back("oscar_omni", torch.tensor(X)) @ matrix(64), np.concatenate(keys) * norm, SCALE
+    )
     groups = min_max(rotated.reshape(128, 2, 32), 2, 2).reshape(128, 64)
-    mostly_close(back("oscar", torch.tensor(X), True) @ matrix(64), groups, SCALE)
+    mostly_close(back("oscar_omni", torch.tensor(X), True) @ matrix(64), groups, SCALE)
+
+
+def test_asymkv_has_two_bits_in_early_layers_and_one_after_them():
+    """Eq. of KIVI's grid at 2 or 1 bits; AsymKV-k/v is k layers of keys, v of values."""
+    x = torch.tensor(X)[None, None].float()
+    scheme = KVQuantizer.get("asymkv", key_layers=3, value_layers=1)
+    widths = [(s.key.bits, s.value.bits) for s in map(scheme.spec, range(5))]
+    assert widths == [(2, 2), (2, 1), (2, 1), (1, 1), (1, 1)]
+    for layer, (key_bits, value_bits) in enumerate(widths):
+        keys = np.concatenate([min_max(run, key_bits, 0) for run in np.split(X, 4)])
+        values = min_max(X.reshape(128, 2, 32), value_bits, 2).reshape(128, 64)
+        for quantize, expected in (
+            (scheme.quantize_key, keys),
+            (scheme.quantize_value, values),
+        ):
+            found = scheme.dequantize(quantize(x, layer_idx=layer))[0, 0].double().numpy()
+            mostly_close(found, expected, SCALE)
+    default = KVQuantizer.get("asymkv")
+    assert {default.spec(i) for i in range(80)} == {default.spec()}
+
+
+def test_oscar_alone_is_no_name():
+    """OScaR and OSCAR are two papers: who asks for either is told of both."""
+    with pytest.raises(ValueError, match="did you mean 'oscar_cov' or 'oscar_omni'"):
+        KVQuantizer.get("oscar")
+    papers = {name: KVQuantizer.get(name).paper for name in ("oscar_cov", "oscar_omni")}
+    assert papers == {"oscar_cov": "2605.17757", "oscar_omni": "2605.19660"}
+
+
+def clipped(rotated, rank):
+    """Cut off at the magnitude of this rank of each token, then asymmetric INT2."""
+    most = np.sort(np.abs(rotated), 1)[:, rank : rank + 1]
+    return min_max(np.clip(rotated, -most, most), 2, 1)
+
+
+def test_oscar_cov():
+    for value, rank in ((False, int(0.96 * 64)), (True, int(0.92 * 64))):
+        found = back("oscar_cov", torch.tensor(X), value) @ matrix(64)
+        mostly_close(found, clipped(X @ matrix(64), rank), SCALE)
+
+
+def test_oscar_cov_turns_to_what_attention_uses(tmp_path):
+    """Keys by `Q^T Q`, values by `V^T diag(w) V` with `w = k Q^T Q k`, both as `U H P`."""
+    q, k, v = (randn(1, h, 300, 64, seed=h) * torch.arange(1, 65) for h in (4, 2, 3))
+    v = v[:, :2]
+    found = attention_rotations(AttentionInputs(q, k, v, q, 1.0))
+    wanted = [np.zeros((64, 64)), np.zeros((64, 64))]
+    for head in range(2):
+        own = q[0, 2 * head : 2 * head + 2].double().reshape(-1, 64).numpy()
+        keys, values = (x[0, head].double().numpy() for x in (k, v))
+        wanted[0] += own.T @ own
+        weight = np.einsum("td,de,te->t", keys, own.T @ own, keys)
+        wanted[1] += values.T @ np.diag(weight / weight.sum()) @ values
+    bits = [int(f"{i:06b}"[::-1], 2) for i in range(64)]
+    for mine, covariance in zip(found, wanted, strict=True):
+        sizes, u = np.linalg.eigh(covariance)
+        place = np.empty(64, int)
+        place[bits] = np.argsort(-sizes)
+        mixed = (u @ matrix(64))[:, place]
+        # An eigenvector has no sign: compare what every column holds of each direction.
+        assert np.allclose(np.abs(u.T @ mine.double().numpy()), 1 / 8, atol=1e-4)
+        assert np.allclose(mine.double().numpy().T @ mine.double().numpy(), np.eye(64), atol=1e-5)
+        signs = np.sign(u.T @ mine.double().numpy()) * np.sign(u.T @ mixed)
+        assert (signs == signs[:, :1]).all()
+
+
+def test_tune_writes_rotations_that_help(tmp_path):
+    out = tmp_path / "rotations.safetensors"
+    options = ["--out", str(out), "--scheme", "oscar_cov", "--context", "700"]
+    result = CliRunner().invoke(app, ["tune", *options])
+    assert result.exit_code == 0, result.output
+    scheme = KVQuantizer.get("oscar_cov", file=str(out))
+    assert scheme.bits_per_element(64) == 2.5
+    loaded = open_model("embedded", "cpu", "auto")
+    inputs = record_attention(loaded.model, loaded.text_tokens(None)[0][None, 2000:2700])
+    errors = []
+    for one in (scheme, KVQuantizer.get("oscar_cov")):
+
+        def make_layer(i, x, one=one):
+            shape = {"batch_size": 1, "num_kv_heads": 2, "head_dim": 64, "dtype": torch.float32}
+            return one.new_layer(**shape, layer_idx=i)
+
+        errors.append(sum(attention_errors(inputs, make_layer, prefill=640)))
+    assert errors[0] < errors[1]
+    with pytest.raises(ValueError, match=r"has no 'key.9' for head_dim=64"):
+        scheme.new_layer(batch_size=1, num_kv_heads=1, head_dim=64, layer_idx=9)
+    with pytest.raises(ValueError, match=r"has no 'key.0' for head_dim=32"):
+        scheme.new_layer(batch_size=1, num_kv_heads=1, head_dim=32)
+    (tmp_path / "no").write_text("{}")
+    for name in ("no", "nothing"):
+        with pytest.raises(ValueError, match=f"file='.*{name}'"):
+            KVQuantizer.get("oscar_cov", file=str(tmp_path / name))
 
 
 @pytest.mark.parametrize("bits", [2, 4])
@@ -114,6 +212,106 @@ def test_exllamav3(bits):
     code = np.clip(np.floor(blocks / s * half + half), 0, 2**bits - 1)
     found = back("exllamav3", torch.tensor(X), bits=bits).reshape(128, 2, 32) @ matrix(32)
     mostly_close(found, s * (code + 0.5 - half) / half, SCALE)
+
+
+@pytest.mark.parametrize("boost", [0.125, 0.25, 1])
+def test_kitty(boost):
+    """The channels of largest mean |k| have 16 levels over a page of 128 tokens, others 4."""
+    boosted = np.argsort(-np.abs(X).mean(0))[: int(64 * boost)]
+    expected = min_max(X, 2, 0)
+    expected[:, boosted] = min_max(X, 4, 0)[:, boosted]
+    mostly_close(back("kitty", torch.tensor(X), boost=boost), expected, SCALE)
+    mostly_close(back("kitty", torch.tensor(X), True), min_max(X, 2, 1), SCALE)
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_spatten_reads_more_where_it_is_unsure(window):
+    """MSBs, then all bits if the largest probability is below the threshold; the top fifth of V."""
+    scheme = KVQuantizer.get("spatten", threshold=0.3)
+    k, v = randn(128, 64, seed=5).double().numpy(), randn(128, 64, seed=6).double().numpy()
+    q = randn(4, 1, 64, seed=7) * torch.tensor([0.1, 0.5, 4.0, 6.0])[:, None, None]
+
+    def codes(x, bits):
+        top = 2 ** (bits - 1)
+        scale = np.abs(x).max(1, keepdims=True) / (top - 1)
+        scale = scale.astype(np.float16).astype(np.float64)  # as it is stored
+        return np.rint(x / scale).clip(-top, top - 1), scale
+
+    expected, unsure = [], 0
+    key, scale = codes(k, 10)
+    value = np.multiply(*codes(v, 6))
+    first = 128 - (window or 128)
+    for head in range(4):
+        p = {}
+        for low in (1, 16):
+            s = (np.floor(key / low) * low * scale) @ q[head, 0].double().numpy() / 8
+            p[low] = np.where(np.arange(128) < first, 0, np.exp(s - s[first:].max()))
+            p[low] /= p[low].sum()
+        unsure += p[16].max() < 0.3
+        chosen = p[16] if p[16].max() >= 0.3 else p[1]
+        keep = np.argsort(-chosen)[: math.ceil((128 - first) * 0.2)]
+        expected.append(chosen[keep] @ value[keep])
+    assert 0 < unsure < 4
+    layer = scheme.new_layer(batch_size=1, num_kv_heads=1, head_dim=64, dtype=torch.float32)
+    layer.prefill(*(torch.tensor(x[None, None], dtype=torch.float32) for x in (k, v)))
+    assert layer.packed_lengths() == [128]
+
+    def op(spec, window=None):
+        query, place = q[None, :, 0, None], torch.tensor([[127]])
+        out, lse = layer._ops.decode_attention(query, layer._view(), spec, place, 1 / 8, window)
+        assert lse.shape == (1, 4, 1)
+        return out[0, :, 0].double().numpy()
+
+    assert np.allclose(op(layer.spec, window), expected, atol=1e-4)
+    for threshold, steps in ((0.0, 16), (2.0, 1)):  # always sure, never sure
+        one = KVQuantizer.get("spatten", threshold=threshold, values=1.0).spec()
+        rows = []
+        for head in range(4):
+            s = (np.floor(key / steps) * steps * scale) @ q[head, 0].double().numpy() / 8
+            rows.append(np.exp(s - s.max()) / np.exp(s - s.max()).sum() @ value)
+        assert np.allclose(op(one), rows, atol=1e-4)
+
+
+def rope(x, positions):
+    """Rotate pairs `(i, i + D/2)` of `[..., T, D]` by `position * 100^(-2 i / D)`."""
+    half = x.shape[-1] // 2
+    angle = positions[..., None] * 100.0 ** (-torch.arange(half) / half)
+    a, b = x[..., :half], x[..., half:]
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+@pytest.mark.parametrize(
+    ("split", "impl"),
+    [((1,) * 90, "eager"), ((3, 40, 33, 14), "eager"), ((60, 1, 1, 20, 8), "triton")],
+    ids=("steps", "chunks", "kernel"),
+)
+def test_streaming_llm_attends_at_positions_within_the_cache(split, impl):
+    """Section 3.2: keys before RoPE; each step rotates those in the cache by their place in it."""
+    scheme = KVQuantizer.get("streaming_llm", window=24, residual_length=9)
+    q, k, v = randn(3, 2, 1, 90, 16).double()
+    expected, place = [], torch.arange(90)
+    for t in range(90):
+        kept = torch.tensor([i for i in range(t + 1) if i < 4 or i > t - 24])
+        own = rope(q[:, :, t : t + 1], place[len(kept) - 1 : len(kept)])
+        keys = rope(k[:, :, kept], place[: len(kept)])
+        weight = (own @ keys.transpose(-1, -2) / 4).softmax(-1)
+        expected.append(weight @ v[:, :, kept])
+
+    frequency = 100.0 ** (-torch.arange(8) / 8)
+    turned = Rope((*frequency.tolist(), *(-frequency).tolist()), (*range(8, 16), *range(8)))
+    shape = {"batch_size": 2, "num_kv_heads": 1, "head_dim": 16, "dtype": torch.float32}
+    shape |= {"impl": impl}
+    layer = scheme.new_layer(**shape, rope=turned)
+    still, out, start = scheme.new_layer(**shape), [], 0
+    for n in split:
+        part = slice(start, start + n)
+        now = [rope(x, place)[:, :, part].float() for x in (q, k)] + [v[:, :, part].float()]
+        out.append(layer.decode(*now))
+        other = still.decode(*now)
+        start += n
+    assert torch.allclose(torch.cat(out, 2), torch.cat(expected, 2).float(), atol=1e-5)
+    assert not torch.allclose(other, out[-1], atol=1e-2)  # without a rotation, sinks stay behind
 
 
 def test_plumb():
@@ -388,7 +586,7 @@ def test_kvtuner_reads_bits_for_each_layer(tmp_path):
         ("zipcache", {}, (77 * 4 + 51 * 2 + 1) / 128 + (64 / 128 + 48 / 128) / 2),
         ("gear", {}, 2 + 32 / 64 + 2 * 32 / 128 + 2 * 24 / 128),
         ("skvq", dict(group_size=32), 2 + 16 / 32 + 2 / 32 + 1 / 32 / 8),
-        ("oscar", {}, 3 + 16 / 128 / 2),
+        ("oscar_omni", {}, 3 + 16 / 128 / 2),
         ("exllamav3", {}, 4.5),
         ("fp8", {}, 8),
         ("nvfp4", {}, 4.5),
@@ -397,6 +595,11 @@ def test_kvtuner_reads_bits_for_each_layer(tmp_path):
         ("qjl", {}, (3 + 16 / 128 + 3) / 2),
         ("kvtuner", {}, 4.0),
         ("kvarn", {}, 3.375),
+        ("asymkv", {}, 1.5 + 1),
+        ("oscar_cov", {}, 2.25),
+        ("spatten", {}, 8 + 16 / 128),
+        ("kitty", {}, 2.25 + (2 * 16 + 16 * 16 / 128) / 128 / 2),
+        ("kitty", dict(boost=0.25), 2.25 + (2 * 32 + 16 * 32 / 128) / 128 / 2),
         ("polarquant", {}, 3.875),
     ],
 )
@@ -465,6 +668,7 @@ def test_pairs_go_where_they_help_most():
         (["--context", "319"], "context=319 is not allowed; it must be >= 320"),
         (["--out", "no/bits.json"], "out='no/bits.json' is not allowed; it must be a file in"),
         (["--out", "."], "out='.' is not allowed"),
+        (["--scheme", "kivi"], "scheme='kivi' is not allowed; choose from 'kvtuner', 'oscar_cov'"),
     ],
 )
 def test_tune_refuses_in_one_line(options, message, tmp_path):
@@ -500,3 +704,43 @@ def test_tables_of_a_format_are_constants_of_the_graph(name):
         for seed in range(40):
             qkv = randn(3, 1, 1, 1, 32, seed=seed)
             torch.testing.assert_close(step(*qkv), eager.decode(*qkv))
+
+
+@pytest.mark.compile
+def test_rotations_of_layers_stay_apart_in_one_graph(tmp_path):
+    file = str(tmp_path / "rotations.safetensors")
+    names = [f"{kind}.{layer}" for kind in ("key", "value") for layer in range(2)]
+    matrices = (torch.linalg.qr(randn(32, 32, seed=i))[0].contiguous() for i in range(4))
+    save_file(dict(zip(names, matrices, strict=True)), file)
+    scheme = KVQuantizer.get("oscar_cov", file=file, residual_length=0, sink_length=0)
+    sizes = {"batch_size": 1, "num_kv_heads": 1, "head_dim": 32, "dtype": torch.float32}
+    eager, traced = (
+        [scheme.new_layer(**sizes, max_length=99, layer_idx=i) for i in range(2)] for _ in range(2)
+    )
+    torch._dynamo.reset()
+    step = torch.compile(
+        lambda *qkv: [layer.decode(*qkv) for layer in traced], backend="aot_eager", fullgraph=True
+    )
+    for layer in (*eager, *traced):
+        layer.prefill(*randn(2, 1, 1, 64, 32))
+    with torch.no_grad():
+        qkv = randn(3, 1, 1, 1, 32, seed=1)
+        for mine, layer in zip(step(*qkv), eager, strict=True):
+            torch.testing.assert_close(mine, layer.decode(*qkv))
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("name", ["kitty", "oscar_cov", "spatten"])
+def test_a_step_of_a_scheme_is_one_graph(name):
+    torch._dynamo.reset()
+    scheme = KVQuantizer.get(name, residual_length=0, sink_length=1)
+    sizes = {"batch_size": 1, "num_kv_heads": 1, "head_dim": 32, "dtype": torch.float32}
+    eager, traced = (scheme.new_layer(**sizes, max_length=300) for _ in range(2))
+    step = torch.compile(lambda *qkv: traced.decode(*qkv), backend="eager", fullgraph=True)
+    with torch.no_grad():
+        for layer in (eager, traced):
+            layer.prefill(*randn(2, 1, 1, 120, 32))
+        for seed in range(40):
+            qkv = randn(3, 1, 1, 1, 32, seed=seed)
+            torch.testing.assert_close(step(*qkv), eager.decode(*qkv))
+    assert traced.packed_lengths() == eager.packed_lengths() != [0]

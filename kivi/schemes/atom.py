@@ -12,7 +12,8 @@ from kivi.spec import KVSpec, QuantSpec
 class Atom(KVQuantizer, name="atom", paper="2310.19102"):
     """Asymmetric 4-bit keys and values at the granularity of attention heads (section 4.4).
 
-    lmdeploy's int4 cache stores the same numbers. There is no exact window.
+    Ranges are not clipped, as in the authors' scripts (`kv_clip_ratio` 1). lmdeploy's int4 cache
+    stores the same numbers. There is no exact window.
     """
 
     bits: int = 4

@@ -1,4 +1,4 @@
-"""FlexGen's compressed cache (2303.06865, section 4.3)."""
+"""FlexGen's compressed cache (2303.06865, section 5)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Symmetric per-token int8, in the style of LLM.int8() (2208.07339, eq. 2)."""
+"""Symmetric per-token int8, in the style of LLM.int8() (2208.07339, section 2.1)."""
 
 from __future__ import annotations
 

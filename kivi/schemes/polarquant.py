@@ -94,7 +94,7 @@ class Polar(OpaqueSpec):
 class PolarQuant(KVQuantizer, name="polarquant", paper="2502.02617"):
     """62 bits for 16 channels: angles of 4, 2, 2 and 2 bits by level, a 16-bit radius.
 
-    The codebook is the paper's offline one. No window.
+    That is section 4.1; the codebook is the paper's offline one. No window.
     """
 
     residual_length: int = 0

@@ -18,7 +18,7 @@ from kivi.transforms import random_matrix
 class Sketch(OpaqueSpec):
     """`sign(S k)` and `|k|`; the score is `sqrt(pi/2) / m |k| <S q, sign(S k)>` (definition 3.1).
 
-    S is Gaussian with orthogonal blocks of D rows (section 3.3), of norm sqrt(D); `size` is m / D.
+    S is Gaussian with orthogonal blocks of D rows (section 4.1), of norm sqrt(D); `size` is m / D.
     The score is linear in q, so a key decodes to `sqrt(pi/2) / m |k| S^T sign(S k)`.
     """
 
@@ -50,10 +50,11 @@ class Sketch(OpaqueSpec):
 
 @dataclass(frozen=True, kw_only=True)
 class QJL(KVQuantizer, name="qjl", paper="2406.03482"):
-    """Sketched keys, asymmetric per-token values (algorithm 1).
+    """Sketched keys (algorithm 1), asymmetric per-token values (section 3.2).
 
-    `key_bits` is the sketch's size for each channel. The paper also gives outlier channels a sketch
-    of their own; here there is one for all.
+    `key_bits` is the sketch's size for each channel: 3, the bits that the paper reports. Its code
+    has 4 in the first 15 layers and 2 in the others, and sketches eight outlier channels apart
+    (section 4.1); here there is one sketch for all. Values and window are those of its code.
     """
 
     key_bits: int = 3

@@ -10,7 +10,7 @@ from kivi.spec import KVSpec, QuantSpec
 
 @dataclass(frozen=True, kw_only=True)
 class QuaRot(KVQuantizer, name="quarot", paper="2404.00456"):
-    """A Hadamard map of keys after RoPE (eq. 9) and of values, then asymmetric groups of 128.
+    """A Hadamard map of keys after RoPE (eq. 14) and of values (eq. 7), asymmetric groups of 128.
 
     Ranges are shrunk to 95 % (section 5, setup). The paper folds the values' map into weights, here
     the cache undoes it: the stored numbers are the same. The paper keeps no exact window.

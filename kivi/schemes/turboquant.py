@@ -80,7 +80,7 @@ class Turbo(OpaqueSpec):
 
 @dataclass(frozen=True, kw_only=True)
 class TurboQuant(KVQuantizer, name="turboquant", paper="2504.19874"):
-    """Keys and values by algorithm 1 ("mse") or 2 ("prod": one of the bits is a QJL sketch).
+    """Keys and values by algorithm 1 ("mse", section 3.1) or 2 ("prod": a bit is a QJL sketch).
 
     The paper's 2.5 and 3.5 bits give more bits to outlier channels; here all have the same. No
     window: the paper quantizes what is generated, too.

@@ -9,8 +9,8 @@ from kivi.spec import KVSpec, QuantSpec
 
 
 @dataclass(frozen=True, kw_only=True)
-class OScaR(KVQuantizer, name="oscar", paper="2605.19660"):
-    """Canalized rotation, then omni-token scaling, then KIVI's axes.
+class OScaR(KVQuantizer, name="oscar_omni", paper="2605.19660"):
+    """Canalized rotation, then omni-token scaling, then KIVI's axes. Not OSCAR: `oscar_cov`.
 
     Keys after RoPE: a Hadamard map over the head, each token divided by its norm, per-channel
     groups of G tokens. Values: a Hadamard map, per-token groups. One thing differs: the paper
