@@ -32,7 +32,7 @@ from kivi.hf_masks import Shared
 from kivi.hf_rope import find_rope
 from kivi.hf_schemes import Schemes, layer_schemes
 from kivi.pages import CacheBytes
-from kivi.spec import OpaqueSpec, check_count
+from kivi.spec import check_count
 
 __all__ = ["ATTENTION", "KVCache", "PackedLayer"]
 
@@ -87,7 +87,7 @@ class KVCache(Cache):
             if packs and types[i] != "chunked_attention":
                 window = getattr(kind, "sliding_window", None)
                 spec = self.schemes[i].spec(i)
-                if isinstance(spec.key, OpaqueSpec) and spec.key.pre_rope:
+                if spec.asks_for_rope:
                     spec = spec.with_rope(find_rope(model, i))
                 layers.append(PackedLayer(spec, window, max_length, impl, check_finite, shared))
             else:

@@ -86,6 +86,7 @@ class QuantSpec:
     center: int | None = None
     token_norm: bool = False
     smooth: Smooth | None = None
+    pre_rope = weighs_tokens = False  # see OpaqueSpec
 
     def __post_init__(self) -> None:
         check_choice("bits", self.bits, BITS)
@@ -115,11 +116,6 @@ class QuantSpec:
     def has_zero(self) -> bool:
         """Whether a zero is stored beside each scale (other grids derive it)."""
         return self.grid in ("asymmetric", "least_squares")
-
-    @property
-    def weighs_tokens(self) -> bool:
-        """See OpaqueSpec."""
-        return False
 
     @property
     def stable(self) -> bool:
@@ -288,9 +284,14 @@ class KVSpec:
         """Whether keys or values ask how much attention tokens get."""
         return any(one is not None and one.weighs_tokens for one in (self.key, self.value))
 
+    @property
+    def asks_for_rope(self) -> bool:
+        """Whether keys are kept as they were before the model's rotary embedding."""
+        return self.key is not None and self.key.pre_rope
+
     def with_rope(self, rope: Rope | None) -> KVSpec:
         """The spec in a model that turns keys so: for formats that undo it."""
-        if not isinstance(self.key, OpaqueSpec) or not self.key.pre_rope:
+        if not self.asks_for_rope:
             return self
         return replace(self, key=replace(self.key, rope=rope))  # type: ignore[type-var]
 
