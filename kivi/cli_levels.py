@@ -13,7 +13,7 @@ from kivi.hf_rope import find_rope
 from kivi.schemes.kvquant import KVQuant, NonUniform
 
 
-def write_levels(out: Path, loaded: LoadedModel, ids: Tensor, bits: int) -> int:
+def write_levels(out: Path, loaded: LoadedModel, ids: Tensor, bits: float) -> int:
     """Find levels of keys and values on tokens `[B, T]`, and write the file that the scheme reads.
 
     Returns:
@@ -23,7 +23,7 @@ def write_levels(out: Path, loaded: LoadedModel, ids: Tensor, bits: int) -> int:
         ValueError: for bits that the scheme does not take, too few tokens for a unit, or a model
             whose attention cannot be recorded.
     """
-    scheme = KVQuant(bits=bits)
+    scheme = KVQuant(bits=bits)  # type: ignore[arg-type]  # checked by spec()
     spec = scheme.spec()
     if ids.shape[1] < spec.sink_length + spec.unit:
         raise ValueError(

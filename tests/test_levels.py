@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 from tiny_models import MODELS, VOCABULARY
 from torch.overrides import TorchFunctionMode
+from typer.testing import CliRunner
 
 from kivi import KVQuantizer
+from kivi.__main__ import app
 from kivi.cli_levels import write_levels
 from kivi.cli_model import open_model
 from kivi.codebooks import levels
@@ -85,7 +87,9 @@ def test_a_file_of_levels_leaves_less_that_matters(tmp_path):
     tokens, _ = loaded.text_tokens(None)
     ids = text_windows(tokens, count=1, length=385, bos=loaded.tokenizer.bos_token_id)
     file = tmp_path / "levels.json"
-    assert write_levels(file, loaded, ids, 2) == 6
+    options = ["--scheme", "kvquant", "--bits", "2", "--context", "385", "--out", str(file)]
+    result = CliRunner().invoke(app, ["tune", *options])
+    assert result.exit_code == 0, result.output
     document = json.loads(file.read_text())
     assert [len(document[name]) for name in ("key", "value")] == [6, 6]
     plain, tuned = (KVQuantizer.get("kvquant", bits=2, **o) for o in ({}, {"file": str(file)}))

@@ -669,6 +669,7 @@ def test_pairs_go_where_they_help_most():
         (["--out", "no/bits.json"], "out='no/bits.json' is not allowed; it must be a file in"),
         (["--out", "."], "out='.' is not allowed"),
         (["--scheme", "kivi"], "scheme='kivi' is not allowed; choose from 'kvtuner', 'oscar_cov'"),
+        (["--scheme", "kvquant", "--bits", "2.5"], "bits=2.5 is not allowed; choose from 1, 2, 3"),
     ],
 )
 def test_tune_refuses_in_one_line(options, message, tmp_path):
