@@ -83,8 +83,12 @@ def test_scheme_strings_that_are_refused(text: str, message: str) -> None:
 
 def test_presets_are_those_of_the_command_and_all_parse() -> None:
     assert [p.value for p in Preset] == list(PRESETS)
-    for labels in PRESETS.values():
-        assert 4 <= len({parse_scheme(label) for label in labels}) == len(labels) <= 25
+    for name, labels in PRESETS.items():
+        schemes = {parse_scheme(label) for label in labels}
+        assert 4 <= len(schemes) == len(labels) and (name == "zoo" or len(labels) <= 25)
+    zoo = {parse_scheme(label).name for label in PRESETS["zoo"]}
+    axes = {"per_token", "per_channel", "crossed", "kivi_symmetric"}  # KIVI's own ablations
+    assert zoo == set(KVQuantizer.available()) - axes
 
 
 def test_choice_of_schemes() -> None:
