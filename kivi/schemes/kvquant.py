@@ -151,7 +151,7 @@ class NonUniform(OpaqueSpec):
 
 @dataclass(frozen=True, kw_only=True)
 class KVQuant(KVQuantizer, name="kvquant", paper="2401.18079"):
-    """3-bit non-uniform levels, 1 % of each vector as sparse outliers, the first token exact.
+    """3-bit non-uniform levels, 1 % of each vector (at least one) sparse, the first token exact.
 
     Keys per-channel before the model's rotary embedding (section 3.1, 3.2), values per-token; a
     vector is scaled to its range and takes the nearest level (3.3), without its outliers (3.4);
