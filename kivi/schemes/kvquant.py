@@ -105,9 +105,10 @@ class NonUniform(OpaqueSpec):
         return x, dense, span, low, outlier, divide(x - low, span)
 
     def fitted(self, x: Tensor, gradient: Tensor, first: int) -> tuple[float, ...]:
-        """Levels for tokens `[..., T, D]` like these, weighted by sensitivity (eq. 1).
+        """Levels for tokens `[..., T, D]` like these, weighted by sensitivity (section 3.3).
 
-        An element counts by the square of the loss' gradient, and of the range it is a part of.
+        An element's squared error counts by the square of the loss' gradient. As it is a part of
+        its vector's range, that counts too; the authors' code leaves the range out.
         `first`: position of the first token; what is no whole unit is left out.
         """
         tokens = x.shape[-2] // self.unit * self.unit
@@ -150,14 +151,15 @@ class NonUniform(OpaqueSpec):
 
 @dataclass(frozen=True, kw_only=True)
 class KVQuant(KVQuantizer, name="kvquant", paper="2401.18079"):
-    """3-bit non-uniform levels, 1 % of each vector as sparse outliers, the first token exact.
+    """3-bit non-uniform levels, 1 % of each vector (at least one) sparse, the first token exact.
 
     Keys per-channel before the model's rotary embedding (section 3.1, 3.2), values per-token; a
     vector is scaled to its range and takes the nearest level (3.3), without its outliers (3.4);
     the first token stays exact, as an attention sink (3.5). Without a `file` of levels they are the
     k-means of a Gaussian; the paper's k-means is weighted by sensitivity, for each layer, as a file
     has them that a user's model and text give (`NonUniform.fitted`). The paper also finds scales
-    and thresholds of keys offline, where here 128 tokens give their own.
+    and thresholds of keys offline, where here 128 tokens give their own, and takes outliers from
+    both ends alike, where here they are the farthest from the mean.
     """
 
     bits: int = 3

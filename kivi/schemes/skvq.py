@@ -105,9 +105,10 @@ class SKVQ(KVQuantizer, name="skvq", paper="2405.06219"):
 
     Channel reorder and clipped dynamic quantization (section 3): groups hold channels alike, and a
     group's range is shrunk to the part that leaves the least squared error. The paper finds order
-    and clipping offline and lets groups span heads; here 32 tokens give their own order (sorted by
-    magnitude into equal groups, where it clusters), each group of a token its clipping, and a group
-    stays in its head, so that order matters where G is less than the head dimension.
+    and clipping offline, by the error of attention, and lets groups span heads. Here 32 tokens give
+    their own order (sorted by magnitude into equal groups, where it clusters), each group of a
+    token its clipping, and a group stays in its head, so that order matters where G is less than
+    the head dimension.
     """
 
     bits: int = 2
