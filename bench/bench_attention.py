@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 from triton.testing import do_bench, do_bench_cudagraph
 
-from kivi import KVSpec, QuantSpec
+from kivi import KVQuantizer, KVSpec, QuantSpec
 from kivi.attention import get_ops
 from kivi.quantize import Pages, empty_pages
 from kivi.view import CacheView
@@ -37,7 +37,12 @@ CASES = {
     "GQA 32/8 B=8 4K": (8, 8, 4, 4096),
     "GQA 32/8 B=1 1K": (1, 8, 4, 1024),
 }
-FORMATS = {"2 bit G=32": (2, 32), "2 bit G=128": (2, 128), "4 bit G=32": (4, 32)}
+FORMATS = {
+    f"{bits} bit G={group}": KVSpec(
+        QuantSpec(bits, "channel", group), QuantSpec(bits, "token", group)
+    )
+    for bits, group in ((2, 32), (2, 128), (4, 32))
+} | {"plumb, 2 bit": KVQuantizer.get("plumb").spec()}
 CONTEXTS = [2**i for i in range(10, 18)]
 CURVE = "context, GQA 32/8 B=8"
 
@@ -46,10 +51,12 @@ def random_pages(spec: QuantSpec, count: int, heads: int, d: int, dtype: torch.d
     """Pages of random codes with scales and zeros of a plausible size."""
     pages = empty_pages(spec, count, heads, d, dtype, "cuda")
     words = torch.randint(-(2**15), 2**15, pages.words.shape, dtype=torch.int16, device="cuda")
-    assert pages.scale is not None and pages.zero is not None
+    assert pages.scale is not None
     pages.words.copy_(words)
     pages.scale.uniform_(0.1, 0.6)
-    pages.zero.normal_()
+    for x in (pages.zero, pages.center):
+        if x is not None:
+            x.normal_()
     return pages
 
 
@@ -60,9 +67,11 @@ def random_view(
     assert spec.key is not None and spec.value is not None
     columns = tokens // 512
     count = batch * columns + 1
-    ring = spec.residual_length + spec.unit + 32
-    exact = [torch.randn(batch, heads, ring + 1, d, device="cuda").to(dtype) for _ in "kv"]
-    packed = max(0, tokens - spec.residual_length) // spec.unit * spec.unit
+    slots = spec.sink_length + spec.residual_length + spec.unit + 32
+    exact = [torch.randn(batch, heads, slots + 1, d, device="cuda").to(dtype) for _ in "kv"]
+    own = spec.sink_length + spec.residual_length
+    packed = max(0, tokens - own) // spec.unit * spec.unit
+    smoothed = sum(d for x in (spec.key, spec.value) if x.smooth)
     table = torch.randperm(count - 1, device="cuda").view(batch, columns) + 1
     return CacheView(
         random_pages(spec.key, count, heads, d, dtype),
@@ -72,6 +81,7 @@ def random_view(
         exact[0],
         exact[1],
         torch.full((batch,), tokens, device="cuda"),
+        torch.ones(batch, heads, smoothed, device="cuda") if smoothed else None,
     )
 
 
@@ -134,7 +144,8 @@ def measure(
     view = random_view(spec, batch, heads, tokens, d, dtype)
     q = torch.randn(batch, heads * ratio, 1, d, device="cuda").to(dtype)
     position = (view.length - 1)[:, None].contiguous()
-    op = get_ops(impl, spec, (d, d), dtype, q.device).decode_attention
+    kind = "auto" if impl == "triton" else impl
+    op = get_ops(kind, spec, (d, d), dtype, q.device).decode_attention
 
     def run() -> object:
         return op(q, view, spec, position, d**-0.5)
@@ -159,10 +170,7 @@ def rows_of(
         times = dense_ms(dense, case, d, dtype)
         fastest = min(times, key=lambda dense_name: times[dense_name][0])
         base = [min(pair) for pair in zip(*times.values(), strict=True)]
-        for format_name, (bits, group) in FORMATS.items():
-            spec = KVSpec(
-                QuantSpec(bits, "channel", group), QuantSpec(bits, "token", min(group, d))
-            )
+        for format_name, spec in FORMATS.items():
             for impl in impls:
                 (ms, graph), nbytes = measure(impl, spec, case, d, dtype)
                 rows.append(

@@ -25,9 +25,10 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from triton.testing import do_bench
 
-from kivi import KVSpec, QuantSpec
+from kivi import KVSpec
 from kivi.kernels import triton_extend, triton_extend_hopper, triton_extend_portable
 from kivi.kernels.triton_extend import extend_attention
+from kivi.kernels.triton_formats import is_plain
 
 # batch, kv heads, query heads a kv head, new tokens, past tokens
 CASES = {
@@ -102,7 +103,7 @@ def chosen(variant: str) -> Iterator[None]:
 def rows_of(
     name: str,
     case: tuple[int, int, int, int, int],
-    formats: dict[str, tuple[int, int]],
+    formats: dict[str, KVSpec],
     variants: list[str],
     d: int,
     dtype: torch.dtype,
@@ -112,8 +113,7 @@ def rows_of(
     batch, heads, ratio, new, past = case
     base = dense(case, d, dtype, flex)
     work = 4 * d * batch * heads * ratio * (new * past + new * (new + 1) // 2)
-    for format_name, (bits, group) in formats.items():
-        spec = KVSpec(QuantSpec(bits, "channel", group), QuantSpec(bits, "token", min(group, d)))
+    for format_name, spec in formats.items():
         view = random_view(spec, batch, heads, past, d, dtype)
         q = torch.randn(batch, heads * ratio, new, d, device="cuda").to(dtype)
         k, v = (torch.randn(batch, heads, new, d, device="cuda").to(dtype) for _ in "kv")
@@ -157,7 +157,8 @@ def main(
     flex: bool = False,
 ) -> None:
     """Measure the cases and formats whose names contain the given texts."""
-    kinds = {name: value for name, value in FORMATS.items() if formats in name}
+    plain = {name: spec for name, spec in FORMATS.items() if is_plain(spec.key)}
+    kinds = {name: spec for name, spec in plain.items() if formats in name}
     rows = [
         row
         for name, case in CASES.items()

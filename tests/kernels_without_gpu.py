@@ -62,7 +62,7 @@ def become(target: GPUTarget) -> None:
     triton_quantize._has_pairs = lambda device: nvidia
     torch.cuda.device = lambda device: nullcontext()  # type: ignore[misc, assignment]
     triton_decode._library.impl("decode_attention", triton_decode._decode_attention, "CPU")
-    triton_mapped._library.impl("mapped_attention", triton_mapped._attention, "CPU")
+    triton_mapped._library.impl("mapped_attention", triton_mapped._mapped_attention, "CPU")
 
 
 def decode(
@@ -106,6 +106,11 @@ def few_calls() -> None:
     decode(other, d=48, dtype=torch.bfloat16, s_aux=torch.zeros(8))
     plumb = Q(2, "token", None, "unbiased", transform="hadamard", center=128, smooth="outliers")
     decode(KVSpec(plumb, plumb), d=128)
+    rotated = Q(4, "token", None, "symmetric", transform="hadamard")
+    decode(KVSpec(rotated, rotated), 1, 1, 3, d=64, dtype=torch.bfloat16, softcap=2.0)
+    mixed = KVSpec(Q(4, "channel", 64), Q(2, "token", 64), 0)
+    decode(mixed, d=64)
+    decode(KVSpec(Q(2, "channel", 128), Q(2, "token", None), 0), 40)
     decode(KVSpec(None, Q(8, "token", None)), 1, 1, max_length=60, d=32, dtype=torch.float32)
     pack(Q(2, "channel", 32), 2, 2, 512)
     pack(Q(3, "token", 16, "least_squares"), 2, 1, 32, torch.float16, masked=True)

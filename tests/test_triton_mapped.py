@@ -18,7 +18,7 @@ from test_triton_decode import (  # noqa: F401
 
 from kivi import KVQuantizer, KVSpec, LayerCache, QuantSpec, store
 from kivi.attention import get_ops
-from kivi.kernels import reference
+from kivi.kernels import reference, triton_mapped
 from kivi.kernels.reference import exact_positions
 from kivi.kernels.triton_decode import decode_attention
 from kivi.kernels.triton_formats import is_plain, supports
@@ -152,6 +152,7 @@ def test_operator_is_registered_soundly(monkeypatch: pytest.MonkeyPatch) -> None
     calls = []
     op = torch.ops.kivi.mapped_attention
     with monkeypatch.context() as patch:
+        patch.setattr(triton_mapped, "direct", lambda *_, **__: False)
         patch.setattr(torch.ops.kivi, "mapped_attention", lambda *a: calls.append(a) or op(*a))
         check(SPECS["plumb"], [200])
     torch.library.opcheck(
@@ -176,3 +177,31 @@ def test_what_is_served_by_what() -> None:
         ops = get_ops("auto", plumb, (64, 64), HALF, device)
         assert ops.decode_attention is decode_attention
         assert ops.quantize_pack is reference.quantize_pack
+
+
+def same(bits, **options):
+    one = QuantSpec(bits, "token", None, **options)
+    return KVSpec(one, one, 32, 4)
+
+
+GLUON = {
+    "plumb": (KVSpec(PLUMB, PLUMB, 32, 4), {}),
+    "4 bits": (same(4, grid="unbiased", transform="hadamard", center=64, smooth="outliers"), {}),
+    "64 channels": (KVSpec(PLUMB, PLUMB, 32, 0), {"d": 64, "ratio": 4}),
+    "one query, bfloat16": (KVSpec(PLUMB, PLUMB, 32, 0), {"ratio": 1, "dtype": BRAIN}),
+    "blocks of 32": (same(2, grid="midpoint", transform="hadamard_32", center=32), {}),
+    "not centered": (same(2, grid="symmetric", transform="hadamard"), {"softcap": 20.0}),
+    "not rotated": (same(4, grid="midpoint", center=128, smooth="max"), {"d": 64}),
+    "several tokens": (KVSpec(PLUMB, PLUMB, 32, 4), {"t": 3, "ratio": 4}),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="the Gluon kernel needs a GPU")
+@pytest.mark.parametrize("name", GLUON)
+def test_gluon(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_mapped, "portable", None)  # it is not called
+    spec, options = GLUON[name]
+    options = {"d": 128, "ratio": 4, **options}
+    check(spec, [2100, 700, 60, 3], dv=options["d"], **options)
+    check(spec, [700] * 40, dv=options["d"], **options)

@@ -16,7 +16,7 @@ from kivi.kernels.triton_gluon import decode_kernel
 from kivi.spec import PAGE_TOKENS, TILE_ROWS
 
 # Warps of a multiprocessor: 170 to 255 registers a thread are two for each of its four schedulers.
-# A third would fit with 168, and is slower: the code waits for registers that are used again.
+# A third would fit with 168, and brings nothing, even where nothing spills.
 RESIDENT = 8
 # Planes of 32 tokens a step: fewer instructions a token with more, but the loop must stay in the
 # instruction cache.
@@ -78,6 +78,7 @@ def _resident(
         metadata = 4 * d * -(-tokens // groups[0]) + tokens * 2 * (d // groups[1] + zeros)
     else:
         metadata = 4 * tokens + 4 * d * (-(-tokens // mapped.center) if mapped.center else 1)
+        metadata += 4 * d * mapped.smooth[1]
     return max(1, min(RESIDENT, shared // (4 * TILE_ROWS * d + metadata + 1024)))
 
 

@@ -19,6 +19,7 @@ from kivi.kernels.triton_gluon_steps import (
     NOTHING,
     exact_tokens,
     fetch_centers,
+    fetch_channels,
     fetch_key_groups,
     fetch_keys,
     fetch_token_groups,
@@ -29,7 +30,7 @@ from kivi.kernels.triton_gluon_steps import (
     load_query,
     units,
 )
-from kivi.kernels.triton_tile_bytes import inverse_hadamard, spread, spread_row
+from kivi.kernels.triton_tile_bytes import inverse_hadamard, row_numbers, spread, spread_row
 from kivi.kernels.triton_tile_gluon import FLAT, MMA, PLAIN, swizzled, view_as
 
 
@@ -64,6 +65,7 @@ def decode_kernel(
     SPV: gl.constexpr = 16 // VB // NP
     LIFT: gl.constexpr = lift(dtype)
     HEADS: gl.constexpr = gl.SliceLayout(0, MMA)
+    LATE: gl.constexpr = MAPPED or (BYTES and GROUPS == 1)
     APART: gl.constexpr = 2 if BYTES else 1  # columns a query
     if EARLY:
         gdc_launch_dependents()
@@ -76,6 +78,8 @@ def decode_kernel(
         k_scale = gl.allocate_shared_memory(dtype, [NP, 32], FLAT)
         k_zero = gl.allocate_shared_memory(dtype, [centers, D], FLAT)
         v_zero = gl.allocate_shared_memory(dtype, [centers, D], FLAT)
+        if V_SMOOTH:
+            v_factor = gl.allocate_shared_memory(gl.float32, [D], FLAT)
     else:
         k_scale = gl.allocate_shared_memory(dtype, [GROUPS, D], FLAT)
         k_zero = gl.allocate_shared_memory(dtype, [GROUPS, D], FLAT)
@@ -141,11 +145,23 @@ def decode_kernel(
         q_at = ((b * Hkv + h) * rows).to(gl.int64) * D
         if BYTES:
             own_q = own_query(q_ptr + q_at, block, rows, D)
-        q, power = load_query(q_ptr + q_at, block, rows, LIFT, APART, D)
+            own_unit = scale * LOG2_E
+        if MAPPED:
+            if K_SMOOTH or V_SMOOTH:
+                factors = smooth + (b * Hkv + h) * ((K_SMOOTH + V_SMOOTH) * D)
+            if K_SMOOTH:
+                own_q = own_q * channel_numbers(factors, D)
+            own_q = inverse_hadamard(own_q, D, K_BLOCK)
+        if LATE:
+            # Registers are dear: nothing but exact slots meets the query in this form.
+            q = own_q
+            unit_score = own_unit
+        else:
+            q, power = load_query(q_ptr + q_at, block, rows, LIFT, APART, D)
+            unit_score = scale * (LOG2_E / LIFT) * power
         my_q = block * (8 // APART) + r8 // APART
         real = (my_q < rows) & (r8 % APART == 0)
         seen_to = gl.load(query_position + b * T + my_q % T).to(gl.int32)
-        unit_score = scale * LOG2_E * power
         if first < hi:
             # Later than the keys: these are wanted sooner, and all programs begin at once.
             fetch_values(v_words, vw, at_page, sub, VB, SPV, NG, VG)
@@ -153,6 +169,8 @@ def decode_kernel(
             fetch_token_groups(v_scale, vs, at_page, sub, last, NP, NG)
             if MAPPED:
                 fetch_centers(v_zero, vz, at_page, sub, last, CENTER, NP, D)
+                if V_SMOOTH:
+                    fetch_channels(v_factor, factors + K_SMOOTH * D, D)
             elif BYTES:
                 fetch_token_groups(v_zero, vz, at_page, sub, last, NP, NG)
             else:
@@ -160,22 +178,16 @@ def decode_kernel(
             async_copy.commit_group()
 
         if BYTES:
-            if MAPPED:
-                if K_SMOOTH or V_SMOOTH:
-                    factors = smooth + (b * Hkv + h) * ((K_SMOOTH + V_SMOOTH) * D)
-                if K_SMOOTH:
-                    own_q = own_q * channel_numbers(factors, D)
-                own_q = inverse_hadamard(own_q, D, K_BLOCK)
             m, mass, values = attend_packed_bytes(
-                q, own_q, scale * LOG2_E, unit_score * (1.0 / LIFT), k_words, v_words,
+                q, own_q, own_unit, unit_score, k_words, v_words,
                 k_scale, k_zero, v_scale, v_zero, kw, ks, kz, vw, vs, vz, row_table, next_page,
                 Hkv, h, n, first, hi, softcap, D, KB, VB, KG, VG, K_ZERO, V_ZERO, NP,
                 MAPPED, CENTER,
             )  # fmt: skip
-            if MAPPED:
+            if MAPPED and first < hi:  # else there are no factors
                 x = inverse_hadamard(values[0], D, V_BLOCK)
                 if V_SMOOTH:
-                    x = x * channel_numbers(factors + K_SMOOTH * D, D)
+                    x = x * row_numbers(v_factor, D)
                 values = (x,)
             m, mass = spread_row(m, 0.0), spread_row(mass, 0.0)
             apart = ()
@@ -184,7 +196,7 @@ def decode_kernel(
             values = apart
         else:
             m, mass, values = attend_packed(
-                q, unit_score, k_words, v_words, k_scale, k_zero, v_scale, v_zero,
+                q, unit_score * LIFT, k_words, v_words, k_scale, k_zero, v_scale, v_zero,
                 kw, ks, kz, vw, vs, vz, row_table, next_page, Hkv, h, n, first, hi, softcap,
                 D, KB, VB, KG, VG, K_ZERO, V_ZERO, NP,
             )  # fmt: skip
@@ -196,8 +208,13 @@ def decode_kernel(
         if tile0 < tile1:
             at_row = ((b * Hkv + h) * (slots + 1)).to(gl.int64) * D
             seen_to = gl.minimum(seen_to, tokens - 1)
+            if LATE:
+                q16, power = load_query(q_ptr + q_at, block, rows, LIFT, APART, D)
+                unit_score16 = scale * (LOG2_E / LIFT) * power
+            else:
+                q16, unit_score16 = q, unit_score
             m, mass, values = attend_exact(
-                m, mass, values, q, unit_score * (1.0 / LIFT), seen_to, k_words, v_words,
+                m, mass, values, q16, unit_score16, seen_to, k_words, v_words,
                 xk + at_row, xv + at_row, tile0, tile1, tokens, n, slots, sinks, softcap, D, VG,
             )  # fmt: skip
 

@@ -35,6 +35,7 @@ from kivi.kernels.triton_tile_bytes import (
     mean_code,
     multiply_add,
     operand,
+    products,
     row_numbers,
     rows_of_heads,
     split_groups,
@@ -104,11 +105,12 @@ def weigh_values(
 
 @gluon.jit
 def whole_query(x, unit, D: gl.constexpr):
-    """Queries `[D / 8, 8, 4]` as whole operand B; a score's unit and their sums, `[8, 4]`."""
+    """Queries as whole operand B; a score's unit and their sums, `[8, 4]`; and what was rounded."""
     up, down = to_largest(largest_row(fold_max(gl.abs(x))))
-    qs = operand(x * across(up, D), D)
+    x = x * across(up, D)
+    qs = operand(x, D)
     one = gl.full([16, D], 1, gl.int8, layout=BYTES_A)
-    return qs, down * unit, fold_max(whole_product(one, qs, 16))
+    return qs, down * unit, fold_max(whole_product(one, qs, 16)), x
 
 
 @gluon.jit
@@ -158,16 +160,19 @@ def _scores_by_channel(
 ):  # fmt: skip
     """Scores of a step's tokens, `[4, 8, 4]` for each plane, less `shift`: keys per channel."""
     GROUPS: gl.constexpr = (32 * NP + KG - 1) // KG
-    meta = group_rows(k_zero, k_zero, GROUPS, D, q.dtype)
-    zq = mma_v2(meta, q, gl.zeros([16, 8], gl.float32, layout=MMA))
-    zq, _odd = gl.split(halves(zq)[0].reshape([8, 4, 2]))
-    zq = gl.convert_layout(zq, LANES, assert_trivial=True) * (unit_score * K_ZERO)
+    if GROUPS == 1:
+        zq = sum_of_rows(fold_sum(own_q * row_numbers(k_zero.index(0), D))) * (q_unit * K_ZERO)
+    else:
+        meta = group_rows(k_zero, k_zero, GROUPS, D, q.dtype)
+        zq = mma_v2(meta, q, gl.zeros([16, 8], gl.float32, layout=MMA))
+        zq, _odd = gl.split(halves(zq)[0].reshape([8, 4, 2]))
+        zq = gl.convert_layout(zq, LANES, assert_trivial=True) * (unit_score * K_ZERO)
     s = ()
     for i in gl.static_range(NP):
         if (i * 32) % KG == 0:
             # The query times the scales, in 16 bits
             x = own_q * row_numbers(k_scale.index(i * 32 // KG), D)
-            qs, unit, sum_of_q = whole_query(x, q_unit, D)
+            qs, unit, sum_of_q, _x = whole_query(x, q_unit, D)
             bias = row_of(zq, i * 32 // KG, GROUPS)
             if softcap is None:
                 bias -= shift
@@ -184,7 +189,7 @@ def _scores_by_channel(
 
 @gluon.jit
 def _scores_by_token(
-    own_q, q_unit, qs, unit, sum_of_q, shift, codes, k_scale, k_center, softcap,
+    own_q, qs, unit, sum_of_q, shift, codes, k_scale, k_center, softcap,
     D: gl.constexpr, KB: gl.constexpr, CENTER: gl.constexpr, K_ZERO: gl.constexpr,
     NP: gl.constexpr,
 ):  # fmt: skip
@@ -194,16 +199,16 @@ def _scores_by_token(
         if i == 0 or (CENTER > 0 and (i * 32) % max(CENTER, 1) == 0):
             bias = gl.zeros([8, 4], gl.float32, layout=LANES)
             if CENTER > 0:
-                x = own_q * row_numbers(k_center.index(i * 32 // CENTER), D)
-                bias = sum_of_rows(fold_sum(x)) * q_unit
+                x = products(own_q, row_numbers(k_center.index(i * 32 // CENTER), D))
+                bias = sum_of_rows(fold_sum(x)) * unit
             if softcap is None:
                 bias -= shift
         x = whole_product(codes_of(codes, KB, i), qs, 32)
-        own = sum_of_q * unit * -K_ZERO
+        own = sum_of_q * -K_ZERO
         if KB * (i + 1) == 8:
-            own += sum_of_q * unit * (128.0 / 2.0 ** (KB * i))
-        x = x * across(unit * (1.0 / 2.0 ** (KB * i)), 32) + across(own, 32)
-        x = x * row_numbers(k_scale.index(i), 32) + across(bias, 32)
+            own += sum_of_q * (128.0 / 2.0 ** (KB * i))
+        x = x * (1.0 / 2.0 ** (KB * i)) + across(own, 32)
+        x = x * (row_numbers(k_scale.index(i), 32) * across(unit, 32)) + across(bias, 32)
         if softcap is not None:
             x = cap(x, softcap) - across(shift, 32)
         s = s + (x,)
@@ -233,15 +238,17 @@ def attend_packed_bytes(
     STEP: gl.constexpr = 32 * NP
     SPP: gl.constexpr = 512 // STEP
     SPK: gl.constexpr = 2  # steps a tile: a byte each
+    MIDDLES: gl.constexpr = not MAPPED or V_ZERO != mean_code(VB)
     shift = gl.zeros([8, 4], gl.float32, layout=LANES)
     sums = (gl.zeros([8, 4], gl.float32, layout=LANES),)  # of p; of p times middles
     acc = ()
     for _g in gl.static_range(NG):
-        if not MAPPED:
+        if MIDDLES:
             sums = sums + (gl.zeros([8, 4], gl.float32, layout=LANES),)
         acc = acc + (gl.zeros([VG // 8, 8, 4], gl.float32, layout=rows_of_heads(VG)),)
     if MAPPED:
-        qs, unit, sum_of_q = whole_query(own_q, q_unit, D)
+        qs, unit, sum_of_q, own_q = whole_query(own_q, q_unit, D)
+        own_q = own_q.to(dtype)
     for step in range(first, hi):
         last = gl.minimum((n - step * STEP) // 32, NP) - 1
         step1 = step + 1
@@ -255,7 +262,7 @@ def attend_packed_bytes(
         codes = bytes_of(k_words.index(0).load(OPERAND_A), step % SPK, 32, D)
         if MAPPED:
             s = _scores_by_token(
-                own_q, q_unit, qs, unit, sum_of_q, shift, codes, k_scale, k_zero, softcap,
+                own_q, qs, unit, sum_of_q, shift, codes, k_scale, k_zero, softcap,
                 D, KB, CENTER, K_ZERO, NP,
             )  # fmt: skip
         else:
@@ -289,10 +296,14 @@ def attend_packed_bytes(
         largest = ()
         for i in gl.static_range(NP):
             scales = view_as(v_scale.index(i), dtype, [4, 8, NG], PLAIN3).load(groups_of_rows(NG))
-            if not MAPPED:
+            # What the mean code stands for
+            if MAPPED:
+                if MIDDLES:
+                    middle = scales * (mean_code(VB) - V_ZERO)
+                    middles = middles + (split_groups(middle, NG),)
+            else:
                 zeros = view_as(v_zero.index(i), dtype, [4, 8, NG], PLAIN3)
                 zeros = zeros.load(groups_of_rows(NG))
-                # What the mean code stands for
                 if V_ZERO == 1.0:
                     middle = multiply_add(scales, mean_code(VB), zeros)
                 else:
@@ -313,10 +324,9 @@ def attend_packed_bytes(
         for i in gl.static_range(NP):
             mass += fold_sum(p[i])
         new_sums = (mass,)
-        if MAPPED:
-            if CENTER > 0:
-                acc = add_centers(acc, p, v_zero, D, CENTER)
-        else:
+        if MAPPED and CENTER > 0:
+            acc = add_centers(acc, p, v_zero, D, CENTER)
+        if MIDDLES:
             for g in gl.static_range(NG):
                 total = sums[1 + g]
                 for i in gl.static_range(NP):
@@ -335,7 +345,7 @@ def attend_packed_bytes(
         async_copy.commit_group()
     async_copy.wait_group(0)
     values = acc
-    if not MAPPED:
+    if MIDDLES:
         values = ()
         for g in gl.static_range(NG):
             values = values + (acc[g] + across(sum_of_rows(sums[1 + g]), VG),)

@@ -11,6 +11,7 @@ from kivi.kernels.triton_tile_gluon import (
     copy_rows,
     copy_zeros,
     product_error,
+    start_copy,
     view_as,
 )
 
@@ -132,6 +133,13 @@ def fetch_centers(
         first = (unit * (512 // CENTER) + sub * (NP * 32) // CENTER) * D
         rows = view_as(target, target.dtype, [count, D], PLAIN)
         copy_groups(rows, source + first, count, D, last * 32 // CENTER)
+
+
+@gluon.jit
+def fetch_channels(target, source, D: gl.constexpr):
+    """`[D]` float32."""
+    layout: gl.constexpr = gl.BlockedLayout([D // 32], [32], [1], [0])
+    start_copy(target, source + gl.arange(0, D, layout=layout))
 
 
 @gluon.jit
