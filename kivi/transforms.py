@@ -77,6 +77,14 @@ def smooth_factor(x: Tensor, valid: Tensor, smooth: Smooth) -> Tensor:
     return torch.where(ratio > 0, ratio, 1.0).clamp(2.0**-14, 2.0**14).log2().round().exp2()
 
 
+def _tables(rope: Rope, device: torch.device) -> tuple[Tensor, Tensor]:
+    return torch.tensor(rope.frequency, device=device), torch.tensor(rope.partner, device=device)
+
+
+# A step, captured or not, copies nothing from the host.
+_kept_tables = cache(_tables)
+
+
 def turn(x: Tensor, position: Tensor, rope: Rope, back: bool = False) -> Tensor:
     """Tokens `[..., D]` float32 under a rotary embedding, or `back` to what they were before it.
 
@@ -84,11 +92,11 @@ def turn(x: Tensor, position: Tensor, rope: Rope, back: bool = False) -> Tensor:
     positions are, so that turning back and forth changes nothing.
     """
     size = len(rope.frequency)
-    frequency = torch.tensor(rope.frequency, device=x.device)
+    tables = _tables if torch.compiler.is_compiling() else _kept_tables
+    frequency, other = tables(rope, x.device)
     angle = position.unsqueeze(-1).float() * (-frequency if back else frequency)
     turned = x[..., :size]
-    partner = turned[..., torch.tensor(rope.partner, device=x.device)]
-    turned = angle.cos() * turned - angle.sin() * partner
+    turned = angle.cos() * turned - angle.sin() * turned[..., other]
     return torch.cat([turned, x[..., size:]], -1) if x.shape[-1] > size else turned
 
 

@@ -5,6 +5,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from kivi import KVQuantizer, LayerCache
+from kivi.spec import Rope
 
 pytestmark = pytest.mark.gpu
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -126,6 +127,35 @@ def test_manual_cuda_graph_replays(window: int | None, held: int) -> None:
     assert layer._pages.forgotten(packed) == [0 if window is None else 1024] * 2
 
 
+def test_sinks_turn_in_replays() -> None:
+    """A window of the scheme's own: what it drops is counted on the device."""
+    half, size = 32, {"batch_size": 2, "num_kv_heads": 2, "head_dim": 64, "max_length": 900}
+    frequency = [0.5**i for i in range(half)]
+    rope = Rope((*frequency, *(-f for f in frequency)), (*range(half, 64), *range(half)))
+    scheme = KVQuantizer.get("streaming_llm", window=200, residual_length=32)
+    layer, eager = (
+        scheme.new_layer(**size, dtype=torch.float16, device="cuda", rope=rope) for _ in range(2)
+    )
+    prompt = tokens(2, 150, torch.float16)
+    for each in (layer, eager):
+        each.prefill(prompt, prompt)
+    q, k, v = (tokens(h, 1, torch.float16) for h in (8, 2, 2))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        layer.fork().decode(q, k, v)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = layer.decode(q, k, v)
+    for _ in range(120):
+        for x, h in ((q, 8), (k, 2), (v, 2)):
+            x.copy_(tokens(h, 1, torch.float16))
+        graph.replay()
+        torch.testing.assert_close(out, eager.decode(q, k, v), atol=3e-3, rtol=3e-3)
+    assert layer.lengths() == eager.lengths() == [270, 270]
+
+
 def tiny_llama():
     """A random model that prefers some tokens clearly."""
     transformers = pytest.importorskip("transformers")
@@ -168,6 +198,25 @@ def test_generate_loop_records_once() -> None:
     sampled = generate_loop(model, cache, ids, 80, temperature=1.0, top_k=50)
     assert len(sampled.unique()) > 10
     assert counters["inductor"]["cudagraph_skips"] == 0
+
+
+def test_generate_drops_tokens_compiled_as_eager() -> None:
+    from kivi.hf import KVCache
+
+    torch._dynamo.reset()
+    model = tiny_llama()
+    ids = torch.randint(2, 256, (2, 200), device="cuda")
+    scheme = KVQuantizer.get("streaming_llm", window=220, residual_length=32)
+    got = [
+        model.generate(
+            ids,
+            past_key_values=KVCache(model, scheme, max_length=max_length),
+            max_new_tokens=80,
+            do_sample=False,
+        )
+        for max_length in (None, 320)
+    ]
+    assert torch.equal(*got)
 
 
 def test_generate_compiles_by_itself() -> None:
