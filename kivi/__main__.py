@@ -136,10 +136,10 @@ def schemes(
 def tune(
     out: Annotated[Path, typer.Option(help="File for what is found of each layer.")],
     scheme: Annotated[
-        str, typer.Option(help="What to find: bits for 'kvtuner', rotations for 'oscar_cov'.")
+        str, typer.Option(help="'kvtuner' (bits), 'oscar_cov' (rotations), 'kvquant' (levels).")
     ] = "kvtuner",
     bits: Annotated[
-        float, typer.Option(help="Mean bits of a code, scales and zeros not counted (kvtuner).")
+        float, typer.Option(help="Bits of a code: the mean (kvtuner), or all (kvquant).")
     ] = 3.0,
     model: Model = "embedded",
     text: Annotated[

@@ -11,7 +11,7 @@ import copy
 import torch
 from torch import Tensor
 
-from kivi import checks, steps, store
+from kivi import checks, saliency, steps, store
 from kivi.attention import Impl, get_ops
 from kivi.pages import CacheBytes, PageTable
 from kivi.sinks import before_sinks, with_sinks
@@ -197,7 +197,7 @@ class LayerCache:
             out, lse = self._ops.extend_attention(
                 q, k, v, past, self.spec, query, scale, valid, mask, *options
             )
-        self._store(k, v, valid, step, host)
+        self._store(k, v, valid, saliency.weighed(step, self.spec, q, scale), host)
         return with_sinks(out, lse, q, self._view(), self.spec, query, scale, *options[:2])
 
     @torch.inference_mode(False)
@@ -312,7 +312,7 @@ class LayerCache:
             self._table.copy_(table)
         else:
             self._table = table
-        for tensor in store.tensors(self._view()) if self.max_length is not None else ():
+        for tensor in self._view().tensors() if self.max_length is not None else ():
             torch._dynamo.mark_static_address(tensor)
 
     def _check(self, k: Tensor, v: Tensor, valid: Tensor | None) -> None:

@@ -9,6 +9,7 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from kivi import KVQuantizer, LayerCache
+from kivi.cli_levels import write_levels
 from kivi.cli_model import open_model
 from kivi.evals.attention_error import AttentionInputs, MakeLayer, record_attention
 from kivi.evals.feeding import check_context, text_windows
@@ -35,9 +36,9 @@ def run_tune(
     Raises:
         ValueError: for a scheme that is not tuned, a file that cannot be written, a context of
             which too little is packed, a model whose attention cannot be recorded, too short a
-            text, or too few bits.
+            text, or bits that are not allowed.
     """
-    check_choice("scheme", scheme, ("kvtuner", "oscar_cov"))
+    check_choice("scheme", scheme, ("kvtuner", "oscar_cov", "kvquant"))
     if out.is_dir() or not out.parent.is_dir():
         raise ValueError(f"out={str(out)!r} is not allowed; it must be a file in a folder there is")
     spec = KVQuantizer.get("kvtuner").spec()
@@ -50,10 +51,14 @@ def run_tune(
     tokens, _ = loaded.text_tokens(text)
     bos: int | None = loaded.tokenizer.bos_token_id
     texts = text_windows(tokens, count=1, length=context, seed=seed, bos=bos)
-    inputs = record_attention(loaded.model, texts)
-    if scheme == "kvtuner":
+    if scheme == "kvquant":
+        layers = write_levels(out, loaded, texts, int(bits) if bits.is_integer() else bits)
+        console.print(f"{layers} layers, levels of keys and values")
+    elif scheme == "kvtuner":
+        inputs = record_attention(loaded.model, texts)
         _write_bits(out, loaded.name, inputs, bits, context // 2, console)
     else:
+        inputs = record_attention(loaded.model, texts)
         both = [attention_rotations(x) for x in inputs]
         named = {f"key.{i}": key for i, (key, _) in enumerate(both)}
         save_file(named | {f"value.{i}": value for i, (_, value) in enumerate(both)}, out)

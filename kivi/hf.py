@@ -87,9 +87,9 @@ class KVCache(Cache):
             if packs and types[i] != "chunked_attention":
                 window = getattr(kind, "sliding_window", None)
                 spec = self.schemes[i].spec(i)
-                if spec.window is not None:
+                if spec.asks_for_rope:
                     spec = spec.with_rope(find_rope(model, i))
-                    if spec.rope is None:
+                    if spec.window is not None and spec.rope is None:
                         raise ValueError(
                             f"scheme={self.schemes[i].name!r} drops tokens, which takes a rotary "
                             f"embedding; none was found in model={type(model).__name__}, layer {i}"
@@ -114,6 +114,11 @@ class KVCache(Cache):
     def packed_layers(self) -> list[PackedLayer]:
         """The layers that are quantized."""
         return [layer for layer in self.layers if isinstance(layer, PackedLayer)]
+
+    @property
+    def weighs_tokens(self) -> bool:
+        """Whether a scheme asks for a prompt's queries, which `prefill_from` does not give."""
+        return any(layer.spec.weighs_tokens for layer in self.packed_layers)
 
     @property
     def packed_calls(self) -> list[int]:

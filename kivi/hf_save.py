@@ -53,7 +53,8 @@ def save(path: str | Path, saved: Saved) -> None:
             continue
         layer, held = describe(columns.cache)
         layer |= {"seen": int(columns.seen), "padding": [first for first, _ in columns.padding]}
-        held |= {f"padding_{j}": valid for j, (_, valid) in enumerate(columns.padding)}
+        # Layers share what a mask says, which safetensors refuses.
+        held |= {f"padding_{j}": valid.clone() for j, (_, valid) in enumerate(columns.padding)}
         tensors |= {f"{i}.{name}": x for name, x in held.items()}
         layers.append(layer)
     schemes = [(s.name, dataclasses.asdict(s)) for s in saved.schemes]  # type: ignore[call-overload]

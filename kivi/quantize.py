@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,9 +12,9 @@ from torch import Tensor
 
 from kivi.checks import check_finite_tensor, check_tensor
 from kivi.grids import divide, encode, fit, mean, metadata_dtype, norm, unbiased_scale, zero_code
-from kivi.packing import insert, pack_unit, unpack
-from kivi.spec import PAGE_TOKENS, TILE_ROWS, OpaqueSpec, QuantSpec, Spec
-from kivi.transforms import hadamard, inverse_hadamard, smooth_factor
+from kivi.packing import insert, of_bytes, pack_unit, unpack
+from kivi.spec import PAGE_TOKENS, PLACE_BYTES, TILE_ROWS, OpaqueSpec, QuantSpec, Spec
+from kivi.transforms import hadamard, inverse_hadamard, smooth_factor, turn
 
 
 class Pages(NamedTuple):
@@ -50,7 +51,7 @@ def empty_pages(
         shape = (pages, num_kv_heads, PAGE_TOKENS, head_dim)
         return Pages(torch.zeros(shape, dtype=dtype, device=device), None, None)
     if isinstance(spec, OpaqueSpec):
-        shape = (pages, num_kv_heads, PAGE_TOKENS // spec.unit, spec.nbytes(head_dim))
+        shape = (pages, num_kv_heads, PAGE_TOKENS // spec.unit, spec.unit_nbytes(head_dim))
         return Pages(torch.zeros(shape, dtype=torch.uint8, device=device), None, None)
     group = spec.group(head_dim)
     words = (pages, num_kv_heads, spec.bits, TILE_ROWS, head_dim)
@@ -136,6 +137,8 @@ def quantize_pack(
     page: Tensor,
     first: Tensor,
     valid: Tensor | None = None,
+    position: Tensor | None = None,
+    weight: Tensor | None = None,
 ) -> None:
     """Quantize runs of tokens and write them into their pages, in place.
 
@@ -150,8 +153,12 @@ def quantize_pack(
             drop what goes there).
         first: like page, the run's first token in its page, a multiple of U.
         valid: bool, broadcastable to x without D: tokens that count (default: all).
+        position: like page, the run's first token in its row: a format with a rope asks for it.
+        weight: like x with 1 for D, float32: a format that weighs tokens asks for it.
     """
     if x.dim() == 5:
+        position = position if position is None else position.flatten()
+        weight = weight if weight is None else weight.flatten(0, 1)
         valid = valid if valid is None else valid.expand(x.shape[:4]).flatten(0, 1)
         x, page, first = x.flatten(0, 1), page.flatten(), first.flatten()
     tokens = x.shape[2]
@@ -161,7 +168,7 @@ def quantize_pack(
         pages.words[index, :, row] = x.transpose(1, 2)
         return
     if isinstance(spec, OpaqueSpec):
-        _encode(pages, spec, x, index, first, valid)
+        _encode(pages, spec, x, index, first, valid, position, weight)
         return
     unit = quantize_unit(x, spec, valid)
     for stored, new in zip(pages[1:], unit[1:], strict=True):
@@ -174,6 +181,17 @@ def quantize_pack(
         pages.words[index, :, part.tile] = insert(pages.words[index, :, part.tile], part)
 
 
+def standing(
+    one: Spec | None, position: Tensor, weight: Sequence[Tensor] = ()
+) -> tuple[Tensor | None, ...]:
+    """What `quantize_pack` is told of runs beside their tokens, where the format asks for it.
+
+    That is no mask, their positions, and their weights if there are any.
+    """
+    asks = isinstance(one, OpaqueSpec) and (one.pre_rope or one.weighs_tokens)
+    return (None, position, *weight) if asks else ()
+
+
 def _encode(
     pages: Pages,
     spec: OpaqueSpec,
@@ -181,15 +199,38 @@ def _encode(
     index: Tensor,
     first: Tensor,
     valid: Tensor | None,
+    position: Tensor | None,
+    weight: Tensor | None,
 ) -> None:
     """`quantize_pack` for a format of its own."""
     if valid is None:
         valid = torch.ones(x.shape[2], dtype=torch.bool, device=x.device)
     units = x.float().unflatten(2, (-1, spec.unit))
-    parts = spec.encode(units, valid.unflatten(-1, (-1, spec.unit)))
+    parts: list[Tensor] = []
+    number = torch.arange(units.shape[2], device=x.device)
+    if spec.pre_rope:
+        assert position is not None
+        place = (position[:, None] + number * spec.unit)[:, None, :, None].to(torch.int32)
+        if spec.rope is not None:
+            each = place + torch.arange(spec.unit, device=x.device)
+            units = turn(units, each, spec.rope, back=True)
+        parts.append(place.expand(*units.shape[:3], 1))
+    if weight is not None:
+        weight = weight.squeeze(-1).unflatten(-1, (-1, spec.unit))
+    parts += spec.encode_weighted(units, valid.unflatten(-1, (-1, spec.unit)), weight)
     data = torch.cat([part.contiguous().view(torch.uint8) for part in parts], -1)
-    row = first[:, None] // spec.unit + torch.arange(units.shape[2], device=x.device)
+    row = first[:, None] // spec.unit + number
     pages.words[index, :, row] = data.transpose(1, 2)
+
+
+def _decode(words: Tensor, spec: OpaqueSpec, head_dim: int) -> Tensor:
+    """What `_encode` wrote, `[N, Hkv, 512/U, U, D]` float32."""
+    place, data = words.split([skip := PLACE_BYTES * spec.pre_rope, words.shape[-1] - skip], -1)
+    x = spec.decode(data, head_dim)
+    if spec.rope is None:
+        return x
+    place = of_bytes(place, torch.int32)
+    return turn(x, place + torch.arange(spec.unit, device=words.device), spec.rope)
 
 
 def dequantize_pages(
@@ -203,7 +244,7 @@ def dequantize_pages(
         return pages.words.to(dtype)
     if isinstance(spec, OpaqueSpec):
         assert head_dim is not None
-        return saturate(spec.decode(pages.words, head_dim).flatten(2, 3), dtype)
+        return saturate(_decode(pages.words, spec, head_dim).flatten(2, 3), dtype)
     codes = unpack(pages.words, spec.bits).float()
     assert pages.scale is not None
     scale = pages.scale.float()
@@ -282,7 +323,8 @@ def quantize(
     padded = F.pad(x, (0, 0, 0, n * PAGE_TOKENS - t)).unflatten(2, (n, PAGE_TOKENS))
     page = torch.arange(b * n, device=x.device)
     token = page[:, None, None] % n * PAGE_TOKENS + torch.arange(PAGE_TOKENS, device=x.device)
-    quantize_pack(pages, spec, padded.transpose(1, 2).flatten(0, 1), page, page * 0, token < t)
+    runs, start = padded.transpose(1, 2).flatten(0, 1), page % n * PAGE_TOKENS
+    quantize_pack(pages, spec, runs, page, page * 0, token < t, start)
     return PackedTensor(pages, spec, (b, h, t, d), x.dtype, smooth)
 
 

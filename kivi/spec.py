@@ -21,11 +21,14 @@ TILE_ROWS = 32
 WORD_BITS = 16
 """Bits in a packed word, and in a stored scale or zero."""
 
+PLACE_BYTES = 4
+"""Bytes of the position of a unit whose rotary embedding was undone."""
+
 BITS = (1, 2, 3, 4, 8)
 Axis = Literal["channel", "token"]
 Grid = Literal["asymmetric", "symmetric", "least_squares", "midpoint", "unbiased"]
 Transform = Literal["hadamard", "hadamard_32"]
-Smooth = Literal["outliers", "max"]
+Smooth = Literal["outliers", "max", "sqrt"]
 
 
 def check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
@@ -67,7 +70,8 @@ class QuantSpec:
         smooth: before all that, each channel of a sequence is divided by a power of two, found from
             its first 32 packed tokens (`kivi.transforms.smooth_factor`): `"outliers"` brings
             channels that vary much more than the median one down to about four times as much,
-            `"max"` divides by the largest magnitude.
+            `"max"` divides by the largest magnitude, `"sqrt"` by its root, of the two channels
+            that RoPE mixes together.
 
     Raises:
         ValueError: for a value that is not in these lists.
@@ -82,6 +86,7 @@ class QuantSpec:
     center: int | None = None
     token_norm: bool = False
     smooth: Smooth | None = None
+    pre_rope = weighs_tokens = False  # see OpaqueSpec
 
     def __post_init__(self) -> None:
         check_choice("bits", self.bits, BITS)
@@ -184,13 +189,19 @@ class OpaqueSpec(ABC):
 
     `bits`: of a code, for tables. `unit`: tokens that are encoded together, a power of two up to
     512. `stable`: whether a tensor that was decoded encodes to about itself; a random sketch
-    does not.
+    does not. `pre_rope`: for keys, which are encoded as they were before the model's rotary
+    embedding, where it is known: `rope` is then a field that holds it, and generic code turns
+    tokens back and forth (four bytes for each unit say where it stands). `weighs_tokens`: what it
+    does depends on the attention that tokens get, see `encode_weighted`.
     """
 
     bits: int
     unit: int = 1
     stable: bool = True
     smooth: None = None
+    pre_rope: bool = False
+    rope: Rope | None = None
+    weighs_tokens: bool = False
 
     @abstractmethod
     def nbytes(self, head_dim: int) -> int:
@@ -212,6 +223,16 @@ class OpaqueSpec(ABC):
             Tensors `[..., n]` of any dtypes, together `nbytes` bytes for each unit.
         """
 
+    def encode_weighted(
+        self, x: Tensor, valid: Tensor, weight: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """`encode`, for a format that weighs tokens.
+
+        `weight`: `[..., unit]` float32, the attention that tokens get from a few queries of the
+        step (`kivi.saliency`); None where keys and values are stored without queries.
+        """
+        return self.encode(x, valid)
+
     @abstractmethod
     def decode(self, data: Tensor, head_dim: int) -> Tensor:
         """The tokens `[..., unit, D]` float32 of encoded units, `[..., nbytes]` uint8."""
@@ -223,7 +244,11 @@ class OpaqueSpec(ABC):
     def bits_per_element(self, head_dim: int) -> float:
         """Bits stored for an element, everything counted."""
         check_count("head_dim", head_dim, 1)
-        return 8 * self.nbytes(head_dim) / (self.unit * head_dim)
+        return 8 * self.unit_nbytes(head_dim) / (self.unit * head_dim)
+
+    def unit_nbytes(self, head_dim: int) -> int:
+        """Bytes of a unit as stored: `nbytes`, and where it stands if that must be known."""
+        return self.nbytes(head_dim) + PLACE_BYTES * self.pre_rope
 
 
 Spec = QuantSpec | OpaqueSpec
@@ -295,9 +320,22 @@ class KVSpec:
         key, value = self.key, self.value  # no loop: steps ask each time
         return max(TILE_ROWS, key.unit if key else 1, value.unit if value else 1)
 
+    @property
+    def weighs_tokens(self) -> bool:
+        """Whether keys or values ask how much attention tokens get."""
+        return any(one is not None and one.weighs_tokens for one in (self.key, self.value))
+
+    @property
+    def asks_for_rope(self) -> bool:
+        """Whether keys, or sinks that move, are turned as the model does."""
+        return self.window is not None or (self.key is not None and self.key.pre_rope)
+
     def with_rope(self, rope: Rope | None) -> KVSpec:
-        """The spec in a model that turns keys so: for sinks that move."""
-        return self if self.window is None else replace(self, rope=rope)
+        """The spec in a model that turns keys so: for formats that undo it, and sinks that move."""
+        spec = self if self.window is None else replace(self, rope=rope)
+        if isinstance(self.key, OpaqueSpec) and self.key.pre_rope:
+            spec = replace(spec, key=replace(self.key, rope=rope))  # type: ignore[type-var]
+        return spec
 
     def bits_per_element(self, head_dim: int, value_head_dim: int | None = None) -> float:
         """Mean bits of a packed key or value element; 16 for what stays unquantized."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import NamedTuple
 
 import torch
@@ -27,7 +27,8 @@ class Step(NamedTuple):
     afterwards; `units`: at most so many units leave the window of a row. `place` of up to SLACK
     columns: the exact slot of the first one, if the host knows that those of all rows lie there
     side by side; else rows `[B, 1]` and slots `[B, T]`. Tensors may be views of the counters, and
-    shared by layers: none is written.
+    shared by layers: none is written. `weigh` tells formats that ask for it which tokens matter
+    (`kivi.saliency`).
     """
 
     position: Tensor
@@ -35,6 +36,7 @@ class Step(NamedTuple):
     packed: Tensor
     units: int
     place: int | tuple[Tensor, Tensor] | None
+    weigh: Callable[[Tensor, Tensor | int], Tensor] | None = None
 
 
 def ring_slots(spec: KVSpec) -> int:

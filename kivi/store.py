@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from kivi.kernels.reference import exact_positions, gather_pages, smooth_factors
 from kivi.packing import units_per_tile
+from kivi.quantize import standing
 from kivi.smoothing import smoothed
 from kivi.spec import PAGE_TOKENS, KVSpec, QuantSpec
 from kivi.steps import SLACK, Step, ring_slots, rows, slots
 from kivi.view import CacheView
-
-
-def tensors(view: CacheView) -> list[Tensor]:
-    """All tensors of a view."""
-    return [x for x in (*view.key, *view.value, *view[2:]) if x is not None]
 
 
 def write_exact(view: CacheView, spec: KVSpec, k: Tensor, v: Tensor, position: Tensor) -> None:
@@ -43,7 +39,7 @@ def _write(view: CacheView, k: Tensor, v: Tensor, place: int | tuple[Tensor, Ten
 def pack_units(
     view: CacheView,
     spec: KVSpec,
-    sources: tuple[Tensor, Tensor],
+    sources: Sequence[Tensor],
     first: Tensor,
     due: Tensor,
     quantize_pack: Callable[..., None],
@@ -53,22 +49,23 @@ def pack_units(
     Args:
         view: where to.
         spec: how.
-        sources: keys and values, each `[B, Hkv, m, U, D]`.
+        sources: keys and values, each `[B, Hkv, m, U, D]`, and their weights if there are any.
         first: `[B, m]` the units' first tokens, counted from the first packed token.
         due: `[B, m]` bool; the other units go to the bin.
         quantize_pack: the operator.
     """
     column = (first // PAGE_TOKENS).clamp_max(view.table.shape[1] - 1)
     page, offset = view.table.gather(1, column) * due, first % PAGE_TOKENS
-    specs = (spec.key, spec.value)
-    for x, pages, one in zip(sources, (view.key, view.value), specs, strict=True):
+    specs, sinks = (spec.key, spec.value), spec.sink_length
+    for x, pages, one in zip(sources[:2], view[:2], specs, strict=True):
         unit = x.shape[3]
         # Units that may fall into one word tile are written one call after the other.
         stride = units_per_tile(one.bits, unit) if isinstance(one, QuantSpec) else 1
         for start in range(min(stride, x.shape[2])):
             pick = slice(start, None, stride)
-            run = x[:, :, pick].transpose(1, 2)
-            quantize_pack(pages, one, run, page[:, pick], offset[:, pick])
+            run, *weight = (s[:, :, pick].transpose(1, 2) for s in (x, *sources[2:]))
+            where = standing(one, sinks + first[:, pick], weight)
+            quantize_pack(pages, one, run, page[:, pick], offset[:, pick], *where)
 
 
 def store(
@@ -107,24 +104,26 @@ def store(
         units -= skipped * PAGE_TOKENS // unit
         begin = sinks + skipped * PAGE_TOKENS
         body = [x[:, :, begin : begin + units * unit] for x in (k, v)]
-        body = smoothed(view, spec, body, step.packed)
+        weights = [] if step.weigh is None else [step.weigh(body[0], begin)]
+        body = [*smoothed(view, spec, body, step.packed), *weights]
         if done > 0:
             page = view.table[:, skipped : skipped + done]
-            for x, pages, one in zip(
-                body, (view.key, view.value), (spec.key, spec.value), strict=True
-            ):
-                run = x[:, :, : done * PAGE_TOKENS].unflatten(2, (done, PAGE_TOKENS))
-                quantize_pack(pages, one, run.transpose(1, 2), page, page * 0)
+            at = (begin + torch.arange(done, device=k.device) * PAGE_TOKENS).expand_as(page)
+            full = [x[:, :, : done * PAGE_TOKENS].unflatten(2, (done, -1)) for x in body]
+            run_k, run_v, *weights = (x.transpose(1, 2) for x in full)
+            for run, pages, one in (run_k, view.key, spec.key), (run_v, view.value, spec.value):
+                quantize_pack(pages, one, run, page, page * 0, *standing(one, at, weights))
         body = [x[:, :, done * PAGE_TOKENS :] for x in body]
         units -= done * PAGE_TOKENS // unit
     elif units:
         body = _leaving(view, spec, k, v, step.position, start, units)
-        body = smoothed(view, spec, body, step.packed)
+        weights = [] if step.weigh is None else [step.weigh(body[0], sinks + start)]
+        body = [*smoothed(view, spec, body, step.packed), *weights]
     if units:
         first = start[:, None]
         if units > 1 or done:
             first = first + torch.arange(units, device=k.device) * unit + done * PAGE_TOKENS
-        sources = (body[0].unflatten(2, (units, unit)), body[1].unflatten(2, (units, unit)))
+        sources = [x.unflatten(2, (units, unit)) for x in body]
         pack_units(view, spec, sources, first, first < step.packed[:, None], quantize_pack)
     if t > SLACK:
         _enter(view, spec, k, v, step)

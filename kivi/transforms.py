@@ -63,6 +63,9 @@ def smooth_factor(x: Tensor, valid: Tensor, smooth: Smooth) -> Tensor:
     x = torch.where(finite, x, 0.0)
     if smooth == "max":
         ratio = x.abs().amax(-2)
+    elif smooth == "sqrt":
+        peak = x.abs().amax(-2)
+        ratio = torch.maximum(peak, peak.roll(peak.shape[-1] // 2, -1)).sqrt()
     else:
         count = finite.sum(-2).clamp_min(1)
         rest = torch.where(finite, x - (x.sum(-2) / count).unsqueeze(-2), 0.0)
@@ -98,16 +101,32 @@ def turn(x: Tensor, position: Tensor, rope: Rope, back: bool = False) -> Tensor:
 
 
 @cache
-def _random_matrix(rows: int, columns: int, orthogonal: bool) -> Tensor:
+def _random_matrix(rows: int, columns: int, orthogonal: bool, device: torch.device) -> Tensor:
     generator = torch.Generator().manual_seed(columns + orthogonal)
     x = torch.randn(rows, columns, generator=generator, dtype=torch.float64, device="cpu")
     if orthogonal:
         x = torch.linalg.qr(x.unflatten(0, (-1, columns)))[0].flatten(0, 1)
-    return x.float()
+    return x.float().to(device)
+
+
+def _orthogonal(rows: int, columns: int, device: torch.device) -> Tensor:
+    return _random_matrix(rows, columns, True, device)
+
+
+def _gaussian(rows: int, columns: int, device: torch.device) -> Tensor:
+    return _random_matrix(rows, columns, False, device)
+
+
+# What torch.compiler.assume_constant_result does, which would load the whole of torch._dynamo. It
+# tells constants apart by the name of the function alone: one for each kind.
+_orthogonal._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_gaussian._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def random_matrix(rows: int, columns: int, orthogonal: bool, device: torch.device) -> Tensor:
     """A fixed random matrix `[rows, columns]`, the same wherever it is asked for.
+
+    A compiled graph may ask for one orthogonal and one Gaussian matrix, each any number of times.
 
     Args:
         rows: a multiple of `columns` if orthogonal.
@@ -115,8 +134,4 @@ def random_matrix(rows: int, columns: int, orthogonal: bool, device: torch.devic
         orthogonal: each block of D rows is orthonormal; else elements are standard Gaussian.
         device: where it is wanted.
     """
-    return _random_matrix(rows, columns, orthogonal).to(device)
-
-
-# What torch.compiler.assume_constant_result does, which would load the whole of torch._dynamo.
-random_matrix._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return (_orthogonal if orthogonal else _gaussian)(rows, columns, device)

@@ -30,3 +30,7 @@ class CacheView(NamedTuple):
     exact_value: Tensor
     length: Tensor
     smooth: Tensor | None = None
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors."""
+        return [x for x in (*self.key, *self.value, *self[2:]) if isinstance(x, Tensor)]

@@ -62,6 +62,19 @@ def test_goes_on_from_a_file(
             each.crop(-1000)
 
 
+def test_padding_that_layers_share(tmp_path: Path) -> None:
+    """All layers read the same mask where none has a window."""
+    model, inputs = tiny("llama"), prompt(tokens=60, padding=7)
+    cache = KVCache(model, TWO_BIT)
+    ids = generate(model, cache, inputs, max_new_tokens=3)
+    cache.save(tmp_path / "cache.safetensors")
+    loaded = KVCache.load(tmp_path / "cache.safetensors", model)
+    mask = torch.cat([inputs["attention_mask"], torch.ones(2, 3, dtype=torch.int64)], 1)
+    turn = {"input_ids": ids, "attention_mask": mask}
+    theirs, mine = (generate(model, each, turn) for each in (cache, loaded))
+    assert torch.equal(mine, theirs)
+
+
 @pytest.mark.parametrize("max_length", [None, 1150], ids=["growing", "static"])
 def test_shared_pages_are_written_once(max_length: int | None, tmp_path: Path) -> None:
     model = tiny("llama", max_position_embeddings=2048)

@@ -221,7 +221,7 @@ def test_an_outlier_channel_does_not_spread_its_error():
     assert smooth[..., others].norm() < plain[..., others].norm() / 2
 
 
-@pytest.mark.parametrize("smooth", ["outliers", "max"])
+@pytest.mark.parametrize("smooth", ["outliers", "max", "sqrt"])
 def test_a_row_keeps_its_factors(smooth):
     """They come from the first tokens that are packed, and go where the row goes."""
     spec = QuantSpec(4, "token", None, smooth=smooth, transform="hadamard")

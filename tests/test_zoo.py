@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from kivi import KVQuantizer
 from kivi.__main__ import app
 from kivi.cli_model import open_model
+from kivi.cli_schemes import parse_scheme
 from kivi.evals.attention_error import AttentionInputs, attention_errors, record_attention
 from kivi.evals.pathologies import PATHOLOGIES, pathology
 from kivi.evals.rotations import attention_rotations
@@ -59,6 +60,38 @@ SCALE = np.abs(X).max()
 @pytest.mark.parametrize("value", [False, True])
 def test_atom(value):
     mostly_close(back("atom", torch.tensor(X), value), min_max(X, 4, 1), SCALE)
+
+
+def test_qserve():
+    """SmoothAttention: the root of the largest |K| of each rotary pair, here a power of two."""
+    peak = np.abs(X[:32]).max(0)
+    root = np.sqrt(np.maximum(peak, np.roll(peak, 32)))
+    factor = 2.0 ** np.rint(np.log2(root))
+    assert np.abs(np.log2(factor / root)).max() <= 0.5 and len(np.unique(factor)) > 1
+    mostly_close(back("qserve", torch.tensor(X)), min_max(X / factor, 4, 1) * factor, SCALE)
+    mostly_close(back("qserve", torch.tensor(X), True), min_max(X, 4, 1), SCALE)
+
+
+def e4m3(x):
+    """Rounded to FP8, which has a test of its own."""
+    return back("fp8", torch.tensor(x))
+
+
+@pytest.mark.parametrize("size", [16, 64])
+def test_skvq(size):
+    """Channels sorted into groups, each range shrunk by what leaves the least squared error."""
+    found = back("skvq", torch.tensor(X), bits=3, group_size=size)
+    for rows in np.split(np.arange(128), 4):
+        order = np.abs(X[rows]).max(0).argsort(kind="stable")
+        for channels in np.split(order, 64 // size):
+            group, errors = X[np.ix_(rows, channels)], []
+            low, high = group.min(1, keepdims=True), group.max(1, keepdims=True)
+            for clip in np.arange(0.7, 1.01, 0.05):
+                step, zero = e4m3((high - low) * clip / 7), e4m3(low * clip)
+                rounded = np.clip(np.rint((group - zero) / step), 0, 7) * step + zero
+                errors.append(((rounded - group) ** 2).sum(1))
+            error = ((found[np.ix_(rows, channels)] - group) ** 2).sum(1)
+            np.testing.assert_allclose(error, np.min(errors, 0), rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("value", [False, True])
@@ -358,6 +391,108 @@ def test_qjl_is_its_estimator():
 
 
 @pytest.mark.parametrize("value", [False, True])
+def test_gear(value):
+    """Without its ends each vector is quantized; of the error the best rank-2 part is added."""
+    x = X if value else X.T  # rows: tokens of values, channels of keys
+    ends = np.zeros(x.shape, bool)
+    for row, order in zip(ends, x.argsort(1), strict=True):
+        row[order[[0, -1]]] = True
+    inside = np.ma.array(x, mask=ends).reshape(len(x), -1, 64)
+    backbone = min_max(inside, 2, 2).reshape(x.shape)
+    found, plain = (back("gear", torch.tensor(X), value, rank=rank) for rank in (2, 0))
+    found, plain = (found, plain) if value else (found.T, plain.T)
+    np.testing.assert_allclose(found[ends], x[ends], rtol=1e-3)
+    mostly_close(plain[~ends], backbone.filled(0)[~ends], SCALE)
+    error = np.where(ends, 0, x - plain)
+    base = random_matrix(16, 512, False, torch.device("cpu"))[:2, : x.shape[1]].double().numpy().T
+    for _ in range(3):  # a power iteration
+        left = np.linalg.qr(error @ base)[0]
+        base = error.T @ left
+    added = np.where(ends, 0, found - plain)
+    mostly_close(added, np.where(ends, 0, left @ base.T), SCALE)
+    assert np.linalg.norm(error - added) < 0.98 * np.linalg.norm(error)
+
+
+@pytest.mark.parametrize("value", [False, True])
+@pytest.mark.parametrize("bits", [2, 3])
+def test_kvquant(bits, value):
+    """The farthest from each vector's mean apart, the rest at the nearest level of its range."""
+    x = X if value else X.T
+    row = np.arange(len(x))
+    apart = np.abs(x - x.mean(1, keepdims=True)).argmax(1)
+    dense = np.ma.array(x)
+    dense[row, apart] = np.ma.masked
+    low, high = (e.filled(0)[:, None] for e in (dense.min(1), dense.max(1)))
+    spec = KVQuantizer.get("kvquant", bits=bits).spec()
+    levels = np.array((spec.value if value else spec.key).levels)
+    nearest = np.abs((x - low)[..., None] - levels * (high - low)[..., None]).argmin(-1)
+    expected = low + levels[nearest] * (high - low)
+    expected[row, apart] = x[row, apart]
+    found = back("kvquant", torch.tensor(X), value, bits=bits)
+    mostly_close(found if value else found.T, expected, SCALE)
+
+
+def test_kvquants_levels_are_the_means_of_a_gaussian():
+    """Between its ends, 2 deviations from the mean: each is the mean of what it stands for."""
+    z = randn(400_000, seed=5).double().numpy()
+    u = (z[np.abs(z) < 2] / 2 + 1) / 2
+    for bits in (2, 3):
+        levels = np.array(KVQuantizer.get("kvquant", bits=bits).spec().key.levels)
+        assert np.allclose(levels, 1 - levels[::-1], atol=1e-6)
+        codes = np.abs(u[:, None] - levels).argmin(1)
+        assert np.allclose([u[codes == i].mean() for i in range(2**bits)], levels, atol=3e-3)
+
+
+def test_kvquant_reads_levels_for_each_layer(tmp_path):
+    file = tmp_path / "levels.json"
+    levels = [[0.1, 0.4, 0.6, 0.9], [0.0, 0.2, 0.5, 1.0]]
+    file.write_text(json.dumps({"key": levels, "value": levels[:1]}))
+    scheme = KVQuantizer.get("kvquant", bits=2, file=str(file))
+    found = [(s.key.levels[1], s.value.levels[1]) for s in map(scheme.spec, (None, 0, 1, 5))]
+    assert found == [(0.4, 0.4), (0.4, 0.4), (0.2, 0.4), (0.2, 0.4)]
+    one = back("kvquant", torch.tensor(X), True, bits=2, file=str(file), sparsity=0)
+    place = (one - X.min(1, keepdims=True)) / np.ptp(X, axis=1)[:, None]
+    assert np.abs(place[..., None] - levels[0]).min(-1).max() < 2e-3
+    with pytest.raises(ValueError, match="must hold 8 ascending levels of 0 to 1 for key"):
+        KVQuantizer.get("kvquant", file=str(file))
+    for text in ("", "{}", '{"key": []}', '{"key": [[0.1, 0.4, 0.3, 0.9]]}', '{"key": [[2]]}'):
+        file.write_text(text)
+        with pytest.raises(ValueError, match="file="):
+            KVQuantizer.get("kvquant", bits=2, file=str(file))
+
+
+def normalized_attention(q, k):
+    """ZipCache, section 4.2, of the probes among causal queries: 5 % recent, 5 % spread."""
+    n = len(q)
+    recent = math.ceil(n / 20)
+    probes = [*(np.arange(recent) * (n - recent) // recent), *range(n - recent, n)]
+    score = (q @ k.T)[probes] * q.shape[1] ** -0.5
+    seen = np.arange(len(k)) <= np.array(probes)[:, None]
+    weight = np.exp(score) * seen
+    return (weight / weight.sum(1, keepdims=True)).sum(0) / seen.sum(0).clip(1)
+
+
+def test_zipcache():
+    """Salient tokens in 4 bits, others in 2; keys per-channel, values channel-separable."""
+    layer = KVQuantizer.get("zipcache").new_layer(
+        batch_size=1, num_kv_heads=1, head_dim=64, dtype=torch.float32
+    )
+    x = torch.tensor(X, dtype=torch.float32)[None, None]
+    q = randn(1, 2, 128, 64, seed=3)
+    layer.decode(q, x / 20, x)
+    weight = sum(normalized_attention(one.double().numpy(), X / 20) for one in q[0])
+    salient = np.zeros(128, bool)
+    salient[(-weight).argsort()[:77]] = True
+    key, value = (found[0, 0].double().numpy() for found in layer.dequantize())
+    channel = np.sqrt(np.abs(X).max(0))
+    for mask, bits in ((salient, 4), (~salient, 2)):
+        mostly_close(key[mask] * 20, min_max(X[mask], bits, 0), SCALE)
+        mostly_close(value[mask], min_max(X[mask] / channel, bits, 1) * channel, SCALE)
+    first = np.arange(128) < 77
+    mostly_close(back("zipcache", torch.tensor(X))[first], min_max(X[first], 4, 0), SCALE)
+
+
+@pytest.mark.parametrize("value", [False, True])
 def test_kvarn(value):
     """Alternate column and row deviations in logarithms, keep the least imbalance, round rows."""
     tile = X @ matrix(64) if value else (X @ matrix(64)).T  # rows: tokens of values, else channels
@@ -445,6 +580,12 @@ def test_kvtuner_reads_bits_for_each_layer(tmp_path):
         ("plumb", dict(value_bits=1), 1.5 + 2 * 16 / 128),
         ("quarot", {}, 4.25),
         ("atom", {}, 4.25),
+        ("qserve", {}, 4.25),
+        ("skvq", {}, 2.125 + 1 / 32 / 8),
+        ("kvquant", {}, 3 + 32 / 128 + 24 / 128 + 1 / 128 / 8),
+        ("zipcache", {}, (77 * 4 + 51 * 2 + 1) / 128 + (64 / 128 + 48 / 128) / 2),
+        ("gear", {}, 2 + 32 / 64 + 2 * 32 / 128 + 2 * 24 / 128),
+        ("skvq", dict(group_size=32), 2 + 16 / 32 + 2 / 32 + 1 / 32 / 8),
         ("oscar_omni", {}, 3 + 16 / 128 / 2),
         ("exllamav3", {}, 4.5),
         ("fp8", {}, 8),
@@ -528,6 +669,7 @@ def test_pairs_go_where_they_help_most():
         (["--out", "no/bits.json"], "out='no/bits.json' is not allowed; it must be a file in"),
         (["--out", "."], "out='.' is not allowed"),
         (["--scheme", "kivi"], "scheme='kivi' is not allowed; choose from 'kvtuner', 'oscar_cov'"),
+        (["--scheme", "kvquant", "--bits", "2.5"], "bits=2.5 is not allowed; choose from 1, 2, 3"),
     ],
 )
 def test_tune_refuses_in_one_line(options, message, tmp_path):
@@ -549,15 +691,17 @@ def test_tune_writes_a_file_that_the_scheme_reads(tmp_path):
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("name", ["polarquant", "turboquant"])
+@pytest.mark.parametrize("name", ["polarquant", "turboquant", "turboquant:variant=prod", "gear"])
 def test_tables_of_a_format_are_constants_of_the_graph(name):
     """Not traced: polarquant's search for its angles has millions of steps."""
     torch._dynamo.reset()
-    scheme = KVQuantizer.get(name)
+    scheme = parse_scheme(name)
     sizes = {"batch_size": 1, "num_kv_heads": 1, "head_dim": 32, "dtype": torch.float32}
-    eager, traced = (scheme.new_layer(**sizes, max_length=70) for _ in range(2))
-    step = torch.compile(lambda *qkv: traced.decode(*qkv), backend="eager", fullgraph=True)
+    eager, traced = (scheme.new_layer(**sizes, max_length=150) for _ in range(2))
+    step = torch.compile(lambda *qkv: traced.decode(*qkv), backend="aot_eager", fullgraph=True)
     with torch.no_grad():
+        for layer in (eager, traced):
+            layer.prefill(*randn(2, 1, 1, 100, 32, seed=50))
         for seed in range(40):
             qkv = randn(3, 1, 1, 1, 32, seed=seed)
             torch.testing.assert_close(step(*qkv), eager.decode(*qkv))

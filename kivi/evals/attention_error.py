@@ -51,7 +51,7 @@ MakeLayer = Callable[[int, AttentionInputs], Layer]
 """Makes an empty cache for a layer, given its index and inputs."""
 
 
-class _Recorder(TorchFunctionMode):
+class Recorder(TorchFunctionMode):
     """Keeps the arguments and the result of every scaled_dot_product_attention."""
 
     def __init__(self) -> None:
@@ -75,7 +75,7 @@ def record_attention(model: Model, ids: Tensor) -> list[AttentionInputs]:
     Raises:
         ValueError: for a model whose attention is not plain causal `scaled_dot_product_attention`.
     """
-    with _Recorder() as recorder:
+    with Recorder() as recorder:
         model(input_ids=ids.to(model.device), use_cache=False)
     heads = model.config.get_text_config().num_key_value_heads
     layers = []

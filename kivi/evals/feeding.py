@@ -152,7 +152,8 @@ def exact_prefix(model: Model, ids: Tensor) -> Prefix:
 def start_cache(model: Model, make_cache: MakeCache, prefix: Prefix) -> Cache:
     """A new cache that holds the prompts: loaded where it can be, prefilled where it can't."""
     cache = make_cache()
-    if prefix.complete and hasattr(cache, "prefill_from"):
+    weighs = getattr(cache, "weighs_tokens", False)
+    if prefix.complete and hasattr(cache, "prefill_from") and not weighs:
         cache.prefill_from(prefix.cache)
         return cache
     return prefill(model, prefix.ids, cache)

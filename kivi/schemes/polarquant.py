@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cache
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kivi.codebooks import k_means
 from kivi.packing import join_bits, of_bytes, split_bits
 from kivi.quantizer import KVQuantizer
 from kivi.spec import KVSpec, OpaqueSpec
@@ -33,18 +33,7 @@ def _codebook(level: int) -> tuple[float, ...]:
         return tuple((i + 0.5) / count * 2 * math.pi for i in range(count))
     fine = [(i + 0.5) / 4096 * math.pi / 2 for i in range(4096)]
     weight = [math.sin(2 * x) ** (2**level - 1) for x in fine]
-    found = [(i + 0.5) / count * math.pi / 2 for i in range(count)]
-    for _ in range(200):
-        sums = [[0.0, 1e-30] for _ in found]
-        edges = [(a + b) / 2 for a, b in pairwise(found)]
-        place = 0
-        for x, w in zip(fine, weight, strict=True):
-            while place < len(edges) and x > edges[place]:
-                place += 1
-            sums[place][0] += w * x
-            sums[place][1] += w
-        found = [a / b for a, b in sums]
-    return tuple(found)
+    return k_means(fine, weight, [(i + 0.5) / count * math.pi / 2 for i in range(count)])
 
 
 def codebook(level: int) -> tuple[float, ...]:
