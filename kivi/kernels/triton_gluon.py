@@ -11,7 +11,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from kivi.kernels.triton_gluon_bytes import attend_packed_bytes, channel_numbers, own_query
+from kivi.kernels.triton_gluon_byte_steps import channel_numbers, own_query
+from kivi.kernels.triton_gluon_bytes import attend_packed_bytes
 from kivi.kernels.triton_gluon_exact import attend_exact
 from kivi.kernels.triton_gluon_half import attend_packed
 from kivi.kernels.triton_gluon_steps import (

@@ -10,6 +10,13 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
+from kivi.kernels.triton_gluon_byte_steps import (
+    add_centers,
+    follow,
+    too_large,
+    weigh_values,
+    whole_query,
+)
 from kivi.kernels.triton_gluon_steps import (
     NOTHING,
     cap,
@@ -20,137 +27,26 @@ from kivi.kernels.triton_gluon_steps import (
     fetch_values,
 )
 from kivi.kernels.triton_tile_bytes import (
-    BYTES_A,
     LANES,
-    WHOLE_BITS,
     across,
     bytes_of,
     codes_of,
     fold_max,
     fold_sum,
     groups_of_rows,
-    half_down,
-    is_any,
     largest_row,
     mean_code,
     multiply_add,
-    operand,
     products,
     row_numbers,
     rows_of_heads,
     split_groups,
     sum_of_rows,
-    to_largest,
-    whole,
     whole_product,
 )
 from kivi.kernels.triton_tile_gluon import MMA, OPERAND_A, group_rows, halves, row_of, view_as
 
 PLAIN3 = gl.constexpr(gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[2, 1, 0]))
-
-
-@gluon.jit
-def own_query(source, block, rows, D: gl.constexpr):
-    """4 queries as `[D / 8, 8, 4]` float32."""
-    layout: gl.constexpr = rows_of_heads(D)
-    r = gl.arange(0, D // 8, layout=gl.SliceLayout(1, gl.SliceLayout(2, layout)))
-    g = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(2, layout)))
-    h = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, layout)))
-    head = (block * 4 + h)[None, None, :]
-    d = r[:, None, None] * 8 + g[None, :, None]
-    return gl.load(source + head * D + d, mask=head < rows, other=0.0).to(gl.float32)
-
-
-@gluon.jit
-def channel_numbers(source, D: gl.constexpr):
-    """`[D]` float32 as `[D / 8, 8, 1]`."""
-    layout: gl.constexpr = rows_of_heads(D)
-    r = gl.arange(0, D // 8, layout=gl.SliceLayout(1, gl.SliceLayout(2, layout)))
-    g = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(2, layout)))
-    return gl.load(source + r[:, None] * 8 + g[None, :])[:, :, None]
-
-
-@gluon.jit
-def weigh_values(
-    acc, p, scales, top, v_words, upper, VB: gl.constexpr, VG: gl.constexpr, NP: gl.constexpr
-):
-    """`acc`, a group of channels each, with a step's values times `p` times their scales.
-
-    `top [8, 4]` is the largest of each head's `p * scales`; `upper`: which byte of the words. The
-    mean code counts as 0, and what its part would be is left to the caller, who knows it from
-    probabilities that were not rounded: the small ones among them all round to 0.
-    """
-    NG: gl.constexpr = len(acc)
-    up, down = to_largest(top)
-    operands = ()
-    for i in gl.static_range(NP):
-        x = p[i] * across(up * (1.0 / 2.0 ** (VB * i % 4)), 32)
-        for g in gl.static_range(NG):
-            operands = operands + (operand(x * scales[i][g].to(gl.float32), 32),)
-    out = ()
-    for g in gl.static_range(NG):
-        lower_half = bytes_of(v_words.index(g).permute((1, 0)).load(OPERAND_A), upper, VG, 32)
-        upper_half = half_down(lower_half)
-        x = gl.full([VG, 8], WHOLE_BITS, gl.int32, layout=MMA)
-        ones = gl.full([16, 8], WHOLE_BITS, gl.int32, layout=MMA)
-        for i in gl.static_range(NP):
-            source = lower_half if VB * i < 4 else upper_half
-            x = mma_v2(codes_of(source, VB, i % (4 // VB)), operands[i * NG + g], x)
-            one = gl.full([16, 32], 2 ** (VB * i % 4), gl.int8, layout=BYTES_A)
-            ones = mma_v2(one, operands[i * NG + g], ones)
-        mean = fold_max(whole(ones, 16)) * -mean_code(VB)
-        out = out + (acc[g] + (whole(x, VG) + across(mean, VG)) * across(down, VG),)
-    return out
-
-
-@gluon.jit
-def whole_query(x, unit, D: gl.constexpr):
-    """Queries as whole operand B; a score's unit and their sums, `[8, 4]`; and what was rounded."""
-    up, down = to_largest(largest_row(fold_max(gl.abs(x))))
-    x = x * across(up, D)
-    qs = operand(x, D)
-    one = gl.full([16, D], 1, gl.int8, layout=BYTES_A)
-    return qs, down * unit, fold_max(whole_product(one, qs, 16)), x
-
-
-@gluon.jit
-def add_centers(acc, p, centers, D: gl.constexpr, CENTER: gl.constexpr):
-    """`acc` with the means of CENTER tokens each, times their probabilities."""
-    NP: gl.constexpr = len(p)
-    PLANES: gl.constexpr = min(CENTER // 32, NP)  # of a center in a step
-    x = acc[0]
-    for c in gl.static_range(NP // PLANES):
-        mass = fold_sum(p[c * PLANES])
-        for i in gl.static_range(1, PLANES):
-            mass += fold_sum(p[c * PLANES + i])
-        x += across(sum_of_rows(mass), D) * row_numbers(centers.index(c), D)
-    return (x,)
-
-
-@gluon.jit
-def too_large(s):
-    """The largest of each lane's scores `[8, 4]`, and whether any is far above 0."""
-    over = fold_max(s[0])
-    for i in gl.static_range(1, len(s)):
-        over = gl.maximum(over, fold_max(s[i]))
-    return over, is_any(over > 60.0)
-
-
-@gluon.jit
-def follow(over, is_first, s, shift, sums, acc):
-    """Make the scores' maximum their reference: `s`, `shift` and what was summed by it."""
-    over = gl.maximum(largest_row(over), gl.where(is_first, NOTHING, 0.0))
-    alpha = gl.exp2(gl.minimum(-over, 0.0))
-    lower = ()
-    for i in gl.static_range(len(s)):
-        lower = lower + (s[i] - across(over, 32),)
-    scaled_sums = ()
-    for i in gl.static_range(len(sums)):
-        scaled_sums = scaled_sums + (sums[i] * alpha,)
-    scaled = ()
-    for g in gl.static_range(len(acc)):
-        scaled = scaled + (acc[g] * across(alpha, 8 * acc[g].shape[0]),)
-    return lower, shift + over, scaled_sums, scaled
 
 
 @gluon.jit
