@@ -160,6 +160,12 @@ CASES = [
     ((1, 1), (64, 32), 128, 4, 1, 0, [2100, 700], "asymmetric", None, False),
     ((2, 2), (32, 32), 256, 4, 1, 40, [2100, 30, 1, 41], "asymmetric", None, True),
     ((4, 4), (128, 128), 256, 2, 4, 0, [2100, 700], "asymmetric", 30.0, False),
+    # a slot for each plane of a query
+    ((2, 2), (32, 32), 128, 1, 1, 0, [5000, 1300], "asymmetric", None, False),
+    ((2, 2), (64, 128), 128, 1, 1, 3, [2100, 20, 1], "symmetric", 20.0, True),
+    ((2, 2), (None, 16), 64, 1, 1, 0, [700] * 40, "least_squares", None, True),
+    ((4, 4), (32, 32), 128, 2, 1, 0, [2100, 700], "asymmetric", None, False),
+    ((4, 4), (64, 64), 64, 1, 2, 0, [2100, 60], "asymmetric", 20.0, True),
 ]
 
 

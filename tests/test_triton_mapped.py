@@ -189,6 +189,14 @@ GLUON = {
     "4 bits": (same(4, grid="unbiased", transform="hadamard", center=64, smooth="outliers"), {}),
     "64 channels": (KVSpec(PLUMB, PLUMB, 32, 0), {"d": 64, "ratio": 4}),
     "one query, bfloat16": (KVSpec(PLUMB, PLUMB, 32, 0), {"ratio": 1, "dtype": BRAIN}),
+    "one query, short centers": (
+        same(2, grid="midpoint", transform="hadamard", center=32, smooth="max"),
+        {"ratio": 1},
+    ),
+    "two queries, 4 bits": (
+        same(4, grid="symmetric", center=32),
+        {"ratio": 2, "d": 64, "softcap": 20.0},
+    ),
     "blocks of 32": (same(2, grid="midpoint", transform="hadamard_32", center=32), {}),
     "not centered": (same(2, grid="symmetric", transform="hadamard"), {"softcap": 20.0}),
     "not rotated": (same(4, grid="midpoint", center=128, smooth="max"), {"d": 64}),

@@ -161,13 +161,15 @@ def _plan(
     as_bytes = mapped is not None or (rows <= BYTE_ROWS and same)
     planes = 8 // bits[0] if as_bytes else min(PLANES, 16 // max(bits))
     resident = multiprocessors * _resident(shared, d, planes, groups, as_bytes, mapped)
-    units = b * hkv * -(-rows // (BYTE_ROWS if as_bytes else 8))
+    together = as_bytes and rows * planes <= BYTE_ROWS  # a query for each plane
+    apart = (2 * planes if together else 2) if as_bytes else 1
+    units = b * hkv * -(-rows * apart // 8)
     steps = _steps(columns, planes, slots)
     if mapped is None and 2 * units * steps <= resident:
         # A step each: the shorter the better
-        as_bytes, planes = False, min(2, 16 // max(bits))
+        as_bytes, together, apart, planes = False, False, 1, min(2, 16 // max(bits))
         units, steps = b * hkv * -(-rows // 8), _steps(columns, planes, slots)
-    blocks, apart = units // (b * hkv), 2 if as_bytes else 1
+    blocks = units // (b * hkv)
     programs = min(resident, units * steps)
     # A program for each unit where sharing it would save nothing
     single = steps <= 2 or units >= 4 * programs
@@ -185,7 +187,7 @@ def _plan(
         decode_kernel,
         (programs, 1, 1),
         (b, hkv, blocks, rows, t, columns, slots, sinks)
-        + (d, *bits, *groups, *offsets, planes, several, single, early, as_bytes, *how),
+        + (d, *bits, *groups, *offsets, planes, several, single, early, as_bytes, together, *how),
         num_warps=1,
     )
     if single:

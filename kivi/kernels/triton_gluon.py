@@ -31,8 +31,13 @@ from kivi.kernels.triton_gluon_steps import (
     load_query,
     units,
 )
-from kivi.kernels.triton_tile_bytes import inverse_hadamard, row_numbers, spread, spread_row
 from kivi.kernels.triton_tile_gluon import FLAT, MMA, PLAIN, swizzled, view_as
+from kivi.kernels.triton_tile_heads import (
+    inverse_hadamard,
+    row_numbers,
+    spread,
+    spread_row,
+)
 
 
 @gluon.jit(do_not_specialize=["B", "Hkv", "blocks", "rows", "T", "pages", "slots", "sinks"])
@@ -43,6 +48,7 @@ def decode_kernel(
     D: gl.constexpr, KB: gl.constexpr, VB: gl.constexpr, KG: gl.constexpr, VG: gl.constexpr,
     K_ZERO: gl.constexpr, V_ZERO: gl.constexpr, NP: gl.constexpr,
     ROWS: gl.constexpr, SINGLE: gl.constexpr, EARLY: gl.constexpr, BYTES: gl.constexpr,
+    TOGETHER: gl.constexpr,
     MAPPED: gl.constexpr, CENTER: gl.constexpr, K_BLOCK: gl.constexpr, V_BLOCK: gl.constexpr,
     K_SMOOTH: gl.constexpr, V_SMOOTH: gl.constexpr,
 ):  # fmt: skip
@@ -52,7 +58,8 @@ def decode_kernel(
     symmetric grid, which derives its zeros, its zero over its scale (and `kz` is `ks`). ROWS: B
     rounded up to a power of 2. SINGLE: a program for each (row, head, block) writes `out` and
     `lse`; else partial sums go to `part` and `part_ml`. EARLY: let the next kernel start to wait
-    (from sm_90 on). BYTES: on 8-bit tensor cores, 4 queries a program, in every other column.
+    (from sm_90 on). BYTES: on 8-bit tensor cores, 4 queries a program, in every other column;
+    TOGETHER: of those 4 / NP only, NP times as far apart.
     MAPPED (and BYTES): keys and values have a scale a token, means of CENTER tokens (0: none) in
     place of zeros, and were rotated in blocks (1: not) and divided by `smooth [B, Hkv, n]`, first
     the keys' (if K_SMOOTH), then the values' (if V_SMOOTH).
@@ -66,8 +73,9 @@ def decode_kernel(
     SPV: gl.constexpr = 16 // VB // NP
     LIFT: gl.constexpr = lift(dtype)
     HEADS: gl.constexpr = gl.SliceLayout(0, MMA)
-    LATE: gl.constexpr = MAPPED or (BYTES and GROUPS == 1)
-    APART: gl.constexpr = 2 if BYTES else 1  # columns a query
+    LATE: gl.constexpr = MAPPED or TOGETHER or (BYTES and GROUPS == 1)
+    PLANES: gl.constexpr = NP if TOGETHER else 1
+    APART: gl.constexpr = 2 * PLANES if BYTES else 1  # columns a query
     if EARLY:
         gdc_launch_dependents()
     k_words = gl.allocate_shared_memory(gl.int16, [1, 32, D], swizzled(D))
@@ -145,7 +153,7 @@ def decode_kernel(
 
         q_at = ((b * Hkv + h) * rows).to(gl.int64) * D
         if BYTES:
-            own_q = own_query(q_ptr + q_at, block, rows, D)
+            own_q = own_query(q_ptr + q_at, block, rows, PLANES, D)
             own_unit = scale * LOG2_E
         if MAPPED:
             if K_SMOOTH or V_SMOOTH:
@@ -184,7 +192,7 @@ def decode_kernel(
                 q, own_q, own_unit, unit_score, k_words, v_words,
                 k_scale, k_zero, v_scale, v_zero, kw, ks, kz, vw, vs, vz, row_table, next_page,
                 Hkv, h, n, first, hi, softcap, D, KB, VB, KG, VG, K_ZERO, V_ZERO, NP,
-                MAPPED, CENTER,
+                MAPPED, CENTER, TOGETHER,
             )  # fmt: skip
             if MAPPED and first < hi:  # else there are no factors
                 x = inverse_hadamard(values[0], D, V_BLOCK)

@@ -7,35 +7,43 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from kivi.kernels.triton_gluon_steps import NOTHING
 from kivi.kernels.triton_tile_bytes import (
     BYTES_A,
+    BYTES_B,
     WHOLE_BITS,
-    across,
     bytes_of,
     codes_of,
-    fold_max,
-    fold_sum,
     half_down,
-    is_any,
-    largest_row,
+    kept,
     mean_code,
     operand,
-    row_numbers,
-    rows_of_heads,
-    sum_of_rows,
-    to_largest,
     whole,
     whole_product,
 )
 from kivi.kernels.triton_tile_gluon import MMA, OPERAND_A
+from kivi.kernels.triton_tile_heads import (
+    LANES,
+    across,
+    fold_max,
+    fold_sum,
+    group_numbers,
+    is_any,
+    largest_plane,
+    largest_row,
+    plane_of_slot,
+    row_numbers,
+    rows_of_heads,
+    sum_of_rows,
+    to_largest,
+)
 
 
 @gluon.jit
-def own_query(source, block, rows, D: gl.constexpr):
-    """4 queries as `[D / 8, 8, 4]` float32."""
+def own_query(source, block, rows, PLANES: gl.constexpr, D: gl.constexpr):
+    """4 queries, or one for PLANES slots, as `[D / 8, 8, 4]` float32."""
     layout: gl.constexpr = rows_of_heads(D)
     r = gl.arange(0, D // 8, layout=gl.SliceLayout(1, gl.SliceLayout(2, layout)))
     g = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(2, layout)))
     h = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, layout)))
-    head = (block * 4 + h)[None, None, :]
+    head = (block * (4 // PLANES) + h // PLANES)[None, None, :]
     d = r[:, None, None] * 8 + g[None, :, None]
     return gl.load(source + head * D + d, mask=head < rows, other=0.0).to(gl.float32)
 
@@ -51,8 +59,9 @@ def channel_numbers(source, D: gl.constexpr):
 
 @gluon.jit
 def weigh_values(
-    acc, p, scales, top, v_words, upper, VB: gl.constexpr, VG: gl.constexpr, NP: gl.constexpr
-):
+    acc, p, scales, top, masks, v_words, upper,
+    VB: gl.constexpr, VG: gl.constexpr, NP: gl.constexpr, TOGETHER: gl.constexpr,
+):  # fmt: skip
     """`acc`, a group of channels each, with a step's values times `p` times their scales.
 
     `top [8, 4]` is the largest of each head's `p * scales`; `upper`: which byte of the words. The
@@ -62,8 +71,9 @@ def weigh_values(
     NG: gl.constexpr = len(acc)
     up, down = to_largest(top)
     operands = ()
-    for i in gl.static_range(NP):
-        x = p[i] * across(up * (1.0 / 2.0 ** (VB * i % 4)), 32)
+    for i in gl.static_range(len(p)):
+        weight = by_plane(2.0, -VB, 4, NP) if TOGETHER else 1.0 / 2.0 ** (VB * i % 4)
+        x = p[i] * across(up * weight, 32)
         for g in gl.static_range(NG):
             operands = operands + (operand(x * scales[i][g].to(gl.float32), 32),)
     out = ()
@@ -74,12 +84,52 @@ def weigh_values(
         ones = gl.full([16, 8], WHOLE_BITS, gl.int32, layout=MMA)
         for i in gl.static_range(NP):
             source = lower_half if VB * i < 4 else upper_half
-            x = mma_v2(codes_of(source, VB, i % (4 // VB)), operands[i * NG + g], x)
+            weights = kept(operands[g], masks[i]) if TOGETHER else operands[i * NG + g]
+            x = mma_v2(codes_of(source, VB, i % (4 // VB)), weights, x)
             one = gl.full([16, 32], 2 ** (VB * i % 4), gl.int8, layout=BYTES_A)
-            ones = mma_v2(one, operands[i * NG + g], ones)
+            ones = mma_v2(one, weights, ones)
         mean = fold_max(whole(ones, 16)) * -mean_code(VB)
         out = out + (acc[g] + (whole(x, VG) + across(mean, VG)) * across(down, VG),)
     return out
+
+
+@gluon.constexpr_function
+def power(base, step, i, period):
+    """`base ** (step * i)`, with `step * i` modulo the period."""
+    exponent = abs(step) * i % period
+    return base**exponent if step > 0 else base**-exponent
+
+
+@gluon.jit
+def by_plane(base: gl.constexpr, step: gl.constexpr, period: gl.constexpr, NP: gl.constexpr):
+    """`[8, 4]`: in the slot of plane i, base ** (step * i), with `step * i` modulo the period."""
+    plane = plane_of_slot(NP)
+    x = gl.full([8, 4], 1.0, gl.float32, layout=LANES)
+    for i in gl.static_range(1, NP):
+        x = gl.where(plane == i, power(base, step, i, period), x)
+    return x
+
+
+@gluon.jit
+def plane_masks(NP: gl.constexpr):
+    """For each plane, the columns of operand B that are its slot's."""
+    column = gl.arange(0, 8, layout=gl.SliceLayout(0, BYTES_B))
+    every = gl.full([32, 8], -1, gl.int8, layout=BYTES_B)
+    masks = ()
+    for i in gl.static_range(NP):
+        masks = masks + (gl.where((column // 2 % NP == i)[None, :], every, 0),)
+    return masks
+
+
+@gluon.jit
+def all_planes(codes, qs, KB: gl.constexpr, NP: gl.constexpr):
+    """Products of all planes' codes and queries that have a slot a plane, `[4, 8, 4]`."""
+    plane = plane_of_slot(NP)
+    x = whole_product(codes_of(codes, KB, 0), qs, 32)
+    for i in gl.static_range(1, NP):
+        own = whole_product(codes_of(codes, KB, i), qs, 32)
+        x = gl.where(across((plane == i).to(gl.int32), 32) != 0, own, x)
+    return x
 
 
 @gluon.jit
@@ -93,16 +143,22 @@ def whole_query(x, unit, D: gl.constexpr):
 
 
 @gluon.jit
-def add_centers(acc, p, centers, D: gl.constexpr, CENTER: gl.constexpr):
+def add_centers(
+    acc, p, centers, D: gl.constexpr, CENTER: gl.constexpr, NP: gl.constexpr, TOGETHER: gl.constexpr
+):
     """`acc` with the means of CENTER tokens each, times their probabilities."""
-    NP: gl.constexpr = len(p)
-    PLANES: gl.constexpr = min(CENTER // 32, NP)  # of a center in a step
     x = acc[0]
-    for c in gl.static_range(NP // PLANES):
-        mass = fold_sum(p[c * PLANES])
-        for i in gl.static_range(1, PLANES):
-            mass += fold_sum(p[c * PLANES + i])
-        x += across(sum_of_rows(mass), D) * row_numbers(centers.index(c), D)
+    if TOGETHER:
+        count: gl.constexpr = (NP * 32 + CENTER - 1) // CENTER
+        mass = sum_of_rows(fold_sum(p[0]))
+        x += across(mass, D) * group_numbers(centers, NP, count, D)
+    else:
+        PLANES: gl.constexpr = min(CENTER // 32, NP)  # of a center in a step
+        for c in gl.static_range(NP // PLANES):
+            mass = fold_sum(p[c * PLANES])
+            for i in gl.static_range(1, PLANES):
+                mass += fold_sum(p[c * PLANES + i])
+            x += across(sum_of_rows(mass), D) * row_numbers(centers.index(c), D)
     return (x,)
 
 
@@ -116,9 +172,10 @@ def too_large(s):
 
 
 @gluon.jit
-def follow(over, is_first, s, shift, sums, acc):
+def follow(over, is_first, s, shift, sums, acc, PLANES: gl.constexpr):
     """Make the scores' maximum their reference: `s`, `shift` and what was summed by it."""
-    over = gl.maximum(largest_row(over), gl.where(is_first, NOTHING, 0.0))
+    over = largest_plane(largest_row(over), PLANES)
+    over = gl.maximum(over, gl.where(is_first, NOTHING, 0.0))
     alpha = gl.exp2(gl.minimum(-over, 0.0))
     lower = ()
     for i in gl.static_range(len(s)):

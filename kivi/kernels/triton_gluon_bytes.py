@@ -12,7 +12,10 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from kivi.kernels.triton_gluon_byte_steps import (
     add_centers,
+    all_planes,
+    by_plane,
     follow,
+    plane_masks,
     too_large,
     weigh_values,
     whole_query,
@@ -27,26 +30,30 @@ from kivi.kernels.triton_gluon_steps import (
     fetch_values,
 )
 from kivi.kernels.triton_tile_bytes import (
-    LANES,
-    across,
     bytes_of,
     codes_of,
-    fold_max,
-    fold_sum,
-    groups_of_rows,
-    largest_row,
     mean_code,
     multiply_add,
     products,
+    whole_product,
+)
+from kivi.kernels.triton_tile_gluon import MMA, OPERAND_A, group_rows, halves, row_of
+from kivi.kernels.triton_tile_heads import (
+    LANES,
+    across,
+    fold_max,
+    fold_sum,
+    group_numbers,
+    largest_row,
+    one_plane,
+    plane_numbers,
+    plane_of_slot,
     row_numbers,
     rows_of_heads,
     split_groups,
+    sum_of_planes,
     sum_of_rows,
-    whole_product,
 )
-from kivi.kernels.triton_tile_gluon import MMA, OPERAND_A, group_rows, halves, row_of, view_as
-
-PLAIN3 = gl.constexpr(gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[2, 1, 0]))
 
 
 @gluon.jit
@@ -112,14 +119,62 @@ def _scores_by_token(
 
 
 @gluon.jit
+def _scores_by_channel_together(
+    own_q, q_unit, shift, codes, k_scale, k_zero, softcap,
+    D: gl.constexpr, KB: gl.constexpr, KG: gl.constexpr, K_ZERO: gl.constexpr, NP: gl.constexpr,
+):  # fmt: skip
+    """As `_scores_by_channel`, a plane a slot."""
+    GROUPS: gl.constexpr = (32 * NP + KG - 1) // KG
+    zq = fold_sum(own_q * group_numbers(k_zero, NP, GROUPS, D))
+    bias = sum_of_rows(zq) * (q_unit * K_ZERO)
+    x = own_q * group_numbers(k_scale, NP, GROUPS, D)
+    qs, unit, sum_of_q, _x = whole_query(x, q_unit, D)
+    top = sum_of_q * (128.0 / 2.0 ** (KB * (NP - 1)))
+    bias += gl.where(plane_of_slot(NP) == NP - 1, top, 0.0) * unit
+    if softcap is None:
+        bias -= shift
+    x = all_planes(codes, qs, KB, NP) * across(unit * by_plane(2.0, -KB, 8, NP), 32)
+    x += across(bias, 32)
+    if softcap is not None:
+        x = cap(x, softcap) - across(shift, 32)
+    return (x,)
+
+
+@gluon.jit
+def _scores_by_token_together(
+    own_q, qs, unit, sum_of_q, shift, codes, k_scale, k_center, softcap,
+    D: gl.constexpr, KB: gl.constexpr, CENTER: gl.constexpr, K_ZERO: gl.constexpr,
+    NP: gl.constexpr,
+):  # fmt: skip
+    """As `_scores_by_token`, a plane a slot."""
+    bias = gl.zeros([8, 4], gl.float32, layout=LANES)
+    if CENTER > 0:
+        COUNT: gl.constexpr = (NP * 32 + CENTER - 1) // CENTER
+        x = products(own_q, group_numbers(k_center, NP, COUNT, D))
+        bias = sum_of_rows(fold_sum(x)) * unit
+    if softcap is None:
+        bias -= shift
+    top = gl.where(plane_of_slot(NP) == NP - 1, 128.0 / 2.0 ** (KB * (NP - 1)), 0.0)
+    own = sum_of_q * (top - K_ZERO)
+    x = all_planes(codes, qs, KB, NP) * across(by_plane(2.0, -KB, 8, NP), 32) + across(own, 32)
+    scales = split_groups(plane_numbers(k_scale, NP, 1), 1, 4)[0].to(gl.float32)
+    x = x * (scales * across(unit, 32)) + across(bias, 32)
+    if softcap is not None:
+        x = cap(x, softcap) - across(shift, 32)
+    return (x,)
+
+
+@gluon.jit
 def attend_packed_bytes(
     q, own_q, q_unit, unit_score, k_words, v_words, k_scale, k_zero, v_scale, v_zero,
     kw, ks, kz, vw, vs, vz, row_table, next_page, Hkv, h, n, first, hi, softcap,
     D: gl.constexpr, KB: gl.constexpr, VB: gl.constexpr, KG: gl.constexpr, VG: gl.constexpr,
     K_ZERO: gl.constexpr, V_ZERO: gl.constexpr, NP: gl.constexpr,
-    MAPPED: gl.constexpr, CENTER: gl.constexpr,
+    MAPPED: gl.constexpr, CENTER: gl.constexpr, TOGETHER: gl.constexpr,
 ):  # fmt: skip
     """As `attend_packed`, with heads in columns 0, 2, 4 and 6.
+
+    TOGETHER: fewer heads, each with a slot for every plane of a step.
 
     own_q: `[D / 8, 8, 4]`; scores are its products times q_unit, those of q times unit_score.
     MAPPED: keys and values have a scale a token, and centers of CENTER tokens (0: none) in place of
@@ -142,6 +197,9 @@ def attend_packed_bytes(
         if MIDDLES:
             sums = sums + (gl.zeros([8, 4], gl.float32, layout=LANES),)
         acc = acc + (gl.zeros([VG // 8, 8, 4], gl.float32, layout=rows_of_heads(VG)),)
+    PLANES: gl.constexpr = NP if TOGETHER else 1  # a head
+    SETS: gl.constexpr = NP // PLANES
+    masks = plane_masks(PLANES)
     if MAPPED:
         qs, unit, sum_of_q, own_q = whole_query(own_q, q_unit, D)
         own_q = own_q.to(dtype)
@@ -157,10 +215,20 @@ def attend_packed_bytes(
         async_copy.wait_group(2)
         codes = bytes_of(k_words.index(0).load(OPERAND_A), step % SPK, 32, D)
         if MAPPED:
-            s = _scores_by_token(
-                own_q, qs, unit, sum_of_q, shift, codes, k_scale, k_zero, softcap,
-                D, KB, CENTER, K_ZERO, NP,
-            )  # fmt: skip
+            if TOGETHER:
+                s = _scores_by_token_together(
+                    own_q, qs, unit, sum_of_q, shift, codes, k_scale, k_zero, softcap,
+                    D, KB, CENTER, K_ZERO, NP,
+                )  # fmt: skip
+            else:
+                s = _scores_by_token(
+                    own_q, qs, unit, sum_of_q, shift, codes, k_scale, k_zero, softcap,
+                    D, KB, CENTER, K_ZERO, NP,
+                )  # fmt: skip
+        elif TOGETHER:
+            s = _scores_by_channel_together(
+                own_q, q_unit, shift, codes, k_scale, k_zero, softcap, D, KB, KG, K_ZERO, NP
+            )
         else:
             s = _scores_by_channel(
                 q, own_q, q_unit, unit_score, shift, codes, k_scale, k_zero, softcap,
@@ -168,8 +236,9 @@ def attend_packed_bytes(
             )  # fmt: skip
         if last < NP - 1:
             some = ()
-            for i in gl.static_range(NP):
-                some = some + (s[i] + gl.where(i <= last, 0.0, float("-inf")),)
+            for i in gl.static_range(SETS):
+                hidden = gl.where(i + plane_of_slot(PLANES) <= last, 0.0, float("-inf"))
+                some = some + (s[i] + across(hidden, 32),)
             s = some
         over, is_far = too_large(s)
         if more & (step1 % SPK == 0):
@@ -184,48 +253,51 @@ def attend_packed_bytes(
         async_copy.commit_group()
         # The reference follows the scores only where it must: nearly never.
         if (step == first) | is_far:
-            s, shift, sums, acc = follow(over, step == first, s, shift, sums, acc)
+            s, shift, sums, acc = follow(over, step == first, s, shift, sums, acc, PLANES)
         # Probabilities
         async_copy.wait_group(2)
         groups = ()
         middles = ()
         largest = ()
-        for i in gl.static_range(NP):
-            scales = view_as(v_scale.index(i), dtype, [4, 8, NG], PLAIN3).load(groups_of_rows(NG))
+        SLOTS: gl.constexpr = 4 if TOGETHER else 1
+        for i in gl.static_range(SETS):
+            scales = plane_numbers(v_scale, NP, NG) if TOGETHER else one_plane(v_scale.index(i), NG)
             # What the mean code stands for
-            if MAPPED:
-                if MIDDLES:
+            if MIDDLES:
+                if MAPPED:
                     middle = scales * (mean_code(VB) - V_ZERO)
-                    middles = middles + (split_groups(middle, NG),)
-            else:
-                zeros = view_as(v_zero.index(i), dtype, [4, 8, NG], PLAIN3)
-                zeros = zeros.load(groups_of_rows(NG))
-                if V_ZERO == 1.0:
-                    middle = multiply_add(scales, mean_code(VB), zeros)
+                elif V_ZERO != 1.0:
+                    middle = scales * (V_ZERO + mean_code(VB))
                 else:
-                    middle = zeros * (V_ZERO + mean_code(VB))
-                middles = middles + (split_groups(middle, NG),)
-            groups = groups + (split_groups(scales, NG),)
+                    if TOGETHER:
+                        zeros = plane_numbers(v_zero, NP, NG)
+                    else:
+                        zeros = one_plane(v_zero.index(i), NG)
+                    middle = multiply_add(scales, mean_code(VB), zeros)
+                middles = middles + (split_groups(middle, NG, SLOTS),)
+            groups = groups + (split_groups(scales, NG, SLOTS),)
             top = groups[i][0]
             for g in gl.static_range(1, NG):
                 top = gl.maximum(top, groups[i][g])
             largest = largest + (top.to(gl.float32),)
         p = ()
         top = gl.full([8, 4], 0.0, gl.float32, layout=LANES)
-        for i in gl.static_range(NP):
+        for i in gl.static_range(SETS):
             p = p + (gl.exp2(s[i]),)
             top = gl.maximum(top, fold_max(p[i] * largest[i]))
-        acc = weigh_values(acc, p, groups, largest_row(top), v_words, step % SPK, VB, VG, NP)
+        acc = weigh_values(
+            acc, p, groups, largest_row(top), masks, v_words, step % SPK, VB, VG, NP, TOGETHER
+        )
         mass = sums[0]
-        for i in gl.static_range(NP):
+        for i in gl.static_range(SETS):
             mass += fold_sum(p[i])
         new_sums = (mass,)
         if MAPPED and CENTER > 0:
-            acc = add_centers(acc, p, v_zero, D, CENTER)
+            acc = add_centers(acc, p, v_zero, D, CENTER, NP, TOGETHER)
         if MIDDLES:
             for g in gl.static_range(NG):
                 total = sums[1 + g]
-                for i in gl.static_range(NP):
+                for i in gl.static_range(SETS):
                     total += fold_sum(p[i] * middles[i][g].to(gl.float32))
                 new_sums = new_sums + (total,)
         sums = new_sums
@@ -240,9 +312,11 @@ def attend_packed_bytes(
                 fetch_token_groups(v_zero, vz, page1, sub1, last1, NP, NG)
         async_copy.commit_group()
     async_copy.wait_group(0)
-    values = acc
-    if MIDDLES:
-        values = ()
-        for g in gl.static_range(NG):
-            values = values + (acc[g] + across(sum_of_rows(sums[1 + g]), VG),)
-    return shift + gl.where(first < hi, 0.0, NOTHING), sum_of_rows(sums[0]), values
+    values = ()
+    for g in gl.static_range(NG):
+        x = acc[g]
+        if MIDDLES:
+            x += across(sum_of_rows(sums[1 + g]), VG)
+        values = values + (sum_of_planes(x, PLANES),)
+    mass = sum_of_planes(sum_of_rows(sums[0]), PLANES)
+    return shift + gl.where(first < hi, 0.0, NOTHING), mass, values

@@ -1,57 +1,22 @@
-"""Tile helpers of the 8-bit tensor-core path: layouts, words to bytes, numbers to pairs of bytes.
+"""Tile helpers of the 8-bit tensor-core path: words to bytes, numbers to pairs of bytes and back.
 
 Numbers that meet codes are integers of 16 bits, as two signed bytes: with 4 heads, the 8 columns of
-an MMA's operand B are `(head, high or low byte)`. A result's pair of columns is a head's in every
-thread, so that all that happens between MMAs has a layout: `[R, 8, 4]`, row `8 r + g` of head h in
-lane `4 g + h`. A program is one warp.
+an MMA's operand B are `(head, high or low byte)`, and a result's pair of columns is a head's in
+every thread. A program is one warp.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
-from kivi.kernels.triton_tile_gluon import MMA, PLAIN, view_as
+from kivi.kernels.triton_tile_gluon import MMA
+from kivi.kernels.triton_tile_heads import rows_of_heads
 
 BYTES_A = gl.constexpr(gl.DotOperandLayout(operand_index=0, parent=MMA.value, k_width=4))
 BYTES_B = gl.constexpr(gl.DotOperandLayout(operand_index=1, parent=MMA.value, k_width=4))
-_LANES = [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]]
-# A number a lane, `[8, 4]`.
-LANES = gl.constexpr(
-    gl.DistributedLinearLayout(
-        reg_bases=[], lane_bases=_LANES, warp_bases=[], block_bases=[], shape=[8, 4]
-    )
-)
 # 1.5 * 2^23: added to an integer of up to 22 bits, it is in a float32's low bits.
 WHOLE = gl.constexpr(12582912.0)
 WHOLE_BITS = gl.constexpr(0x4B400000)
-# Largest magnitude of a number that rounds to two signed bytes.
-LARGEST = gl.constexpr(32600.0)
-
-
-@gluon.constexpr_function
-def rows_of_heads(rows):
-    """`[rows / 8, 8, 4]`: numbers of 4 heads for `rows` rows."""
-    bits = (rows // 8).bit_length() - 1
-    return gl.DistributedLinearLayout(
-        reg_bases=[[1 << i, 0, 0] for i in range(bits)],
-        lane_bases=[[0, *x] for x in _LANES],
-        warp_bases=[],
-        block_bases=[],
-        shape=[rows // 8, 8, 4],
-    )
-
-
-@gluon.constexpr_function
-def groups_of_rows(groups):
-    """`[4, 8, groups]`: numbers of 32 rows, alike for all heads."""
-    bits = groups.bit_length() - 1
-    return gl.DistributedLinearLayout(
-        reg_bases=[[0, 0, 1 << i] for i in range(bits)] + [[1, 0, 0], [2, 0, 0]],
-        lane_bases=[[0, 0, 0], [0, 0, 0], [0, 1, 0], [0, 2, 0], [0, 4, 0]],
-        warp_bases=[],
-        block_bases=[],
-        shape=[4, 8, groups],
-    )
 
 
 @gluon.constexpr_function
@@ -105,6 +70,14 @@ def bytes_of(words, upper, rows: gl.constexpr, columns: gl.constexpr):
     )
     x = gl.permute(x.reshape([rows, columns // 16, 2, 4, 2]), (0, 1, 3, 2, 4))
     return gl.convert_layout(x.reshape([rows, columns]), BYTES_A, assert_trivial=True)
+
+
+@gluon.jit
+def kept(x, mask):
+    """Bytes where `mask` has ones."""
+    return gl.inline_asm_elementwise(
+        "and.b32 $0, $1, $2;", "=r,r,r", [x, mask], dtype=gl.int8, is_pure=True, pack=4
+    )
 
 
 @gluon.jit
@@ -176,69 +149,6 @@ def whole(acc, rows: gl.constexpr):
 
 
 @gluon.jit
-def exchanged(x, lanes: gl.constexpr):
-    """The numbers of the lanes whose index differs in these bits."""
-    return gl.inline_asm_elementwise(
-        f"shfl.sync.bfly.b32 $0, $1, {lanes}, 31, -1;",
-        "=r,r",
-        [x],
-        dtype=gl.float32,
-        is_pure=True,
-        pack=1,
-    )
-
-
-@gluon.jit
-def across(x, rows: gl.constexpr):
-    """`[8, 4]` to go with `[rows / 8, 8, 4]`."""
-    to: gl.constexpr = gl.SliceLayout(0, rows_of_heads(rows))
-    return gl.convert_layout(x, to, assert_trivial=True)[None, :, :]
-
-
-@gluon.jit
-def fold_max(x):
-    """The largest of `[R, 8, 4]` over R."""
-    return gl.convert_layout(gl.max(x, 0), LANES, assert_trivial=True)
-
-
-@gluon.jit
-def fold_sum(x):
-    """The sum of `[R, 8, 4]` over R."""
-    return gl.convert_layout(gl.sum(x, 0), LANES, assert_trivial=True)
-
-
-@gluon.jit
-def largest_row(x):
-    """The largest of `[8, 4]` over rows, in every row."""
-    x = gl.maximum(x, exchanged(x, 4))
-    x = gl.maximum(x, exchanged(x, 8))
-    return gl.maximum(x, exchanged(x, 16))
-
-
-@gluon.jit
-def sum_of_rows(x):
-    """The sum of `[8, 4]` over rows, in every row."""
-    x += exchanged(x, 4)
-    x += exchanged(x, 8)
-    return x + exchanged(x, 16)
-
-
-@gluon.jit
-def to_largest(x):
-    """A power of 2 that brings numbers of magnitude `x` close to LARGEST, and its inverse."""
-    exponent = gl.maximum(x * (32768.0 / LARGEST), 1e-30).to(gl.int32, bitcast=True) >> 23
-    up = (268 - exponent) << 23
-    down = (254 << 23) - up
-    return up.to(gl.float32, bitcast=True), down.to(gl.float32, bitcast=True)
-
-
-@gluon.jit
-def is_any(x):
-    """Whether a condition `[8, 4]` holds anywhere: a scalar."""
-    return gl.max(x.to(gl.int32).reshape([32]), 0) != 0
-
-
-@gluon.jit
 def multiply_add(x, factor: gl.constexpr, y):
     """`x * factor + y` of 16-bit numbers, rounded once."""
     kind: gl.constexpr = "f16x2" if x.dtype == gl.float16 else "bf16x2"
@@ -267,66 +177,3 @@ def products(x, y):
         is_pure=True,
         pack=2,
     )
-
-
-@gluon.jit
-def row_numbers(memory, rows: gl.constexpr):
-    """Shared 16-bit numbers of `rows` rows, alike for all heads: `[rows / 8, 8, 1]` float32."""
-    from_memory = view_as(memory, memory.dtype, [rows // 8, 8], PLAIN)
-    x = from_memory.load(gl.SliceLayout(2, rows_of_heads(rows)))
-    return x.to(gl.float32)[:, :, None]
-
-
-@gluon.jit
-def split_groups(x, n: gl.constexpr):
-    """The n columns of `[4, 8, n]`, each `[4, 8, 1]`."""
-    to: gl.constexpr = gl.SliceLayout(2, rows_of_heads(32))
-    if n == 1:
-        x = gl.convert_layout(x.reshape([4, 8]), to, assert_trivial=True)
-        return (x[:, :, None],)
-    else:
-        a, b = gl.split(x.reshape([4, 8, n // 2, 2]))
-        even = split_groups(a, n // 2)
-        odd = split_groups(b, n // 2)
-        both = ()
-        for i in gl.static_range(n // 2):
-            both = both + (even[i], odd[i])
-        return both
-
-
-@gluon.jit
-def spread(x, other, rows: gl.constexpr):
-    """`[rows / 8, 8, 4]` as a result `[rows, 8]`: columns of the heads, `other` between them."""
-    y = gl.join(x, other).reshape([rows, 8])
-    return gl.convert_layout(y, MMA, assert_trivial=True)
-
-
-@gluon.jit
-def spread_row(x, other):
-    """`[8, 4]` of equal rows as a row `[8]` of a result: heads, `other` between them."""
-    y = gl.max(gl.join(x, gl.full_like(x, other)).reshape([8, 8]), 0)
-    return gl.convert_layout(y, gl.SliceLayout(0, MMA), assert_trivial=True)
-
-
-@gluon.constexpr_function
-def inverse_scale(block):
-    """What the inverse Walsh-Hadamard map of blocks is scaled by."""
-    return 2.0 ** -(block.bit_length() // 2)
-
-
-@gluon.jit
-def inverse_hadamard(x, D: gl.constexpr, BLOCK: gl.constexpr):
-    """`kivi.transforms.inverse_hadamard` over the rows of `[D / 8, 8, 4]`."""
-    layout: gl.constexpr = rows_of_heads(D)
-    g = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(2, layout)))
-    for k in gl.static_range(3):
-        if 2**k < BLOCK:
-            sign = gl.where((g // 2**k) % 2 == 0, 1.0, -1.0)
-            x = x * sign[None, :, None] + exchanged(x, 4 * 2**k)
-    for k in gl.static_range(3, 9):
-        if 2**k < BLOCK:
-            y = gl.permute(x.reshape([D // (2 * 2**k), 2, 2 ** (k - 3), 8, 4]), (0, 2, 3, 4, 1))
-            low, high = gl.split(y)
-            y = gl.permute(gl.join(low + high, low - high), (0, 4, 1, 2, 3))
-            x = gl.convert_layout(y.reshape([D // 8, 8, 4]), layout, assert_trivial=True)
-    return x * inverse_scale(BLOCK)
