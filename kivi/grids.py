@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kivi.spec import Grid
+from kivi.spec import TILE_ROWS, Grid
 
 
 def metadata_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -20,7 +20,7 @@ def metadata_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if dtype == torch.bfloat16 else torch.float16
 
 
-def _store(x: Tensor, dtype: torch.dtype) -> Tensor:
+def round_to(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Round float32 to what `dtype` can store, half to even; saturate instead of overflowing.
 
     Spelled out because compilers keep a 16-bit intermediate in float32: codes would then be
@@ -40,7 +40,7 @@ def _store_scale(scale: Tensor, spread: Tensor, dtype: torch.dtype) -> Tensor:
     """A stored scale is 0 only for a constant group, else at least the least usable value."""
     info = torch.finfo(dtype)
     least = max(info.smallest_normal * info.eps, torch.finfo(torch.float32).smallest_normal)
-    return torch.where(spread > 0, _store(scale, dtype).clamp_min(least), 0.0)
+    return torch.where(spread > 0, round_to(scale, dtype).clamp_min(least), 0.0)
 
 
 def symmetric_offset(bits: int) -> float:
@@ -64,8 +64,8 @@ def _inverse(scale: Tensor) -> Tensor:
     return torch.where(scale > 0, inverse, 0.0)
 
 
-# Whole numbers: their sums are exact, so that their order does not matter (see `fit`). Sums of
-# squares over a group of 512 fit int32.
+# Whole parts below this, so that sums are exact and their order does not matter (see `fit`): sums
+# of squares over a group of 512 fit int32.
 FIXED = 2**10
 # Where the refit of an unbiased grid starts. Few levels: the step that is best for a Gaussian, in
 # standard deviations (Max, 1960, table II); many must reach the largest element, or most of it.
@@ -73,15 +73,19 @@ STEP = {1: 1.596, 2: 0.9957, 3: 0.586}
 COVER = {4: 0.9, 8: 1.0}
 
 
-def fixed_point(x: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """`x [..., G]` as whole parts of its largest element, int32 up to FIXED, and that element.
+def fixed_point(x: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`x [..., G]` in whole parts.
 
-    What is not finite or not valid becomes 0.
+    Returns:
+        parts, int32 up to FIXED, the largest at least half of that (below 2^-118, fewer); what is
+        not finite or not valid is 0. What a part is worth, a power of two; the largest element.
     """
     finite = valid & x.isfinite()
     peak = torch.where(finite, x.abs(), 0.0).amax(-1, keepdim=True)
-    parts = torch.where(finite, x * _inverse(peak) * FIXED, 0.0).round()
-    return parts.clamp(-FIXED, FIXED).to(torch.int32), peak
+    power = (peak.view(torch.int32) & 0x7F800000).view(torch.float32)  # 2^floor(log2 peak)
+    part = power.clamp_min(2.0**-117) * (2 / FIXED)
+    inverse = (0x7F000000 - part.view(torch.int32)).view(torch.float32)
+    return torch.where(finite, x * inverse, 0.0).round().to(torch.int32), part, peak
 
 
 def total(x: Tensor) -> Tensor:
@@ -91,15 +95,25 @@ def total(x: Tensor) -> Tensor:
 
 def norm(x: Tensor, valid: Tensor, dtype: torch.dtype) -> Tensor:
     """Euclidean norm of `x [..., G]` as stored, `[..., 1]`; 0 only of zeros."""
-    parts, peak = fixed_point(x, valid)
-    return _store_scale(total(parts * parts).sqrt() * (peak * (1 / FIXED)), peak, dtype)
+    parts, part, peak = fixed_point(x, valid)
+    return _store_scale(total(parts * parts).sqrt() * part, peak, dtype)
 
 
-def mean(x: Tensor, valid: Tensor, dtype: torch.dtype) -> Tensor:
-    """Mean of `x [..., G]` as stored, `[..., 1]`; a constant group's is exact."""
-    parts, peak = fixed_point(x, valid)
-    count = (valid & x.isfinite()).expand_as(x).sum(-1, keepdim=True).clamp_min(1).float()
-    return _store(total(parts) / count * (peak * (1 / FIXED)), dtype)
+def mean(x: Tensor, valid: Tensor) -> Tensor:
+    """Means over tokens, `[..., 1, D]`, of `x [..., C, D]` float32; C a power of two.
+
+    Sums have a fixed order: planes of 32 tokens one after the other, then halves.
+    """
+    finite = valid & x.isfinite()
+    planes = (torch.where(finite, x, 0.0) / x.shape[-2]).split(TILE_ROWS, -2)
+    sums = planes[0]
+    for plane in planes[1:]:
+        sums = sums + plane
+    while sums.shape[-2] > 1:
+        low, high = sums.chunk(2, -2)
+        sums = low + high
+    count = finite.expand_as(x).sum(-2, keepdim=True).clamp_min(1)
+    return sums * (x.shape[-2] / count)
 
 
 def divide(x: Tensor, norm: Tensor) -> Tensor:
@@ -115,10 +129,10 @@ def unbiased_scale(
     A code of least squared error is a shrunk estimate of x: attention scores computed with it are
     too small, all the more the coarser the grid. EDEN (2108.08842) scales in this way.
     """
-    parts, peak = fixed_point(x, valid)
+    parts, part, peak = fixed_point(x, valid)
     level = (2 * codes - (2**bits - 1)).to(torch.int32)
     ratio = total(parts * parts) / total(parts * level).clamp_min(1.0)
-    return _store_scale(ratio * (2 / FIXED) * peak, peak, dtype)
+    return _store_scale(ratio * (2 * part), peak, dtype)
 
 
 def _midpoint(
@@ -126,10 +140,10 @@ def _midpoint(
 ) -> tuple[Tensor, Tensor]:
     """`fit` for grids with 0 halfway between two codes."""
     top = 2**bits - 1
-    parts, peak = fixed_point(x, valid)
+    parts, part, peak = fixed_point(x, valid)
     if grid == "unbiased" and bits in STEP:
         count = (valid & x.isfinite()).expand_as(x).sum(-1, keepdim=True).clamp_min(1).float()
-        start = (total(parts * parts) / count).sqrt() * (STEP[bits] / FIXED) * peak
+        start = (total(parts * parts) / count).sqrt() * STEP[bits] * part
     else:
         start = peak * ((clip if grid == "midpoint" else COVER[bits]) * 2 / top)
     scale = _store_scale(start, peak, dtype)
@@ -138,7 +152,7 @@ def _midpoint(
         level = (2 * codes - top).to(torch.int32)
         squares = total(torch.where(valid & x.isfinite(), level * level, 0)).clamp_min(1.0)
         ratio = total(parts * level) / squares
-        scale = _store_scale(ratio * (2 / FIXED) * peak, peak, dtype)
+        scale = _store_scale(ratio * (2 * part), peak, dtype)
     return scale, -top / 2 * scale
 
 
@@ -187,7 +201,7 @@ def fit(
     if clip != 1:
         low, high = low * clip, high * clip
     # Plus 0.0: whether the least of -0.0 and 0.0 is negative is nowhere defined.
-    zero = _store(torch.where(low <= high, low, 0.0), dtype) + 0.0
+    zero = round_to(torch.where(low <= high, low, 0.0), dtype) + 0.0
     spread = torch.where(low <= high, high, 0.0) - zero
     # Times the reciprocal, here and in encode: compilers turn a division into that anyway.
     scale = _store_scale(spread * (1.0 / top), spread, dtype)
@@ -209,7 +223,7 @@ def fit(
         new = scale + scale * (slope * (1.0 / unit))
         # Without two different codes, or past what 16 bit can hold, there is nothing to refit.
         refit = (variance > 0) & (new > 0) & (spread <= torch.finfo(dtype).max)
-        moved = _store(zero + scale * (shift * (1.0 / unit)), dtype)
+        moved = round_to(zero + scale * (shift * (1.0 / unit)), dtype)
         scale = torch.where(refit, _store_scale(new, new, dtype), scale)
         zero = torch.where(refit, moved, zero)
     return scale, zero

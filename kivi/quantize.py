@@ -10,7 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kivi.checks import check_finite_tensor, check_tensor
-from kivi.grids import divide, encode, fit, mean, metadata_dtype, norm, unbiased_scale, zero_code
+from kivi.grids import (
+    divide,
+    encode,
+    fit,
+    mean,
+    metadata_dtype,
+    norm,
+    round_to,
+    unbiased_scale,
+    zero_code,
+)
 from kivi.packing import insert, pack_unit, unpack
 from kivi.spec import PAGE_TOKENS, TILE_ROWS, OpaqueSpec, QuantSpec, Spec
 from kivi.transforms import hadamard, inverse_hadamard, smooth_factor
@@ -83,7 +93,9 @@ class Unit(NamedTuple):
     norm: Tensor | None
 
 
-def quantize_unit(x: Tensor, spec: QuantSpec, valid: Tensor | None = None) -> Unit:
+def quantize_unit(
+    x: Tensor, spec: QuantSpec, valid: Tensor | None = None, smooth: Tensor | None = None
+) -> Unit:
     """Codes and metadata of runs of whole groups.
 
     Args:
@@ -91,6 +103,7 @@ def quantize_unit(x: Tensor, spec: QuantSpec, valid: Tensor | None = None) -> Un
         spec: what to do.
         valid: bool, broadcastable to `[..., U]`; other tokens take no part in a group's statistics
             and their codes are 0.
+        smooth: what channels are divided by, broadcastable to x.
 
     Returns:
         codes; scale and zero per-channel `[..., U/G, D]`, per-token `[..., U, D/G]`, center
@@ -100,12 +113,16 @@ def quantize_unit(x: Tensor, spec: QuantSpec, valid: Tensor | None = None) -> Un
     group, meta = spec.group(d), metadata_dtype(x.dtype)
     if valid is None:
         valid = torch.ones(tokens, dtype=torch.bool, device=x.device)
-    own = hadamard(x.float(), spec.block(d))
+    x = x.float() if smooth is None else x.float() / smooth
+    own = hadamard(x, spec.block(d))
     center = size = None
     if spec.center:
-        runs = own.unflatten(-2, (-1, spec.center)).transpose(-1, -2)
-        center = mean(runs, valid.unflatten(-1, (-1, 1, spec.center)), meta)
-        own = (runs - center).transpose(-1, -2).flatten(-3, -2)
+        # The mean of what a map gives is what it gives for the mean.
+        means = mean(
+            x.unflatten(-2, (-1, spec.center)), valid.unflatten(-1, (-1, spec.center))[..., None]
+        )
+        center = round_to(hadamard(means, spec.block(d)), meta)
+        own = (own.unflatten(-2, (-1, spec.center)) - center).flatten(-3, -2)
     if spec.token_norm:
         size = norm(own, valid[..., None], meta)
         own = divide(own, size)
@@ -124,7 +141,7 @@ def quantize_unit(x: Tensor, spec: QuantSpec, valid: Tensor | None = None) -> Un
         codes.reshape(x.shape).to(torch.int16),
         scale.squeeze(-1).to(meta),
         zero.squeeze(-1).to(meta) if spec.has_zero else None,
-        None if center is None else center.squeeze(-1).to(meta),
+        None if center is None else center.squeeze(-2).to(meta),
         None if size is None else size.to(meta),
     )
 
@@ -136,6 +153,7 @@ def quantize_pack(
     page: Tensor,
     first: Tensor,
     valid: Tensor | None = None,
+    smooth: Tensor | None = None,
 ) -> None:
     """Quantize runs of tokens and write them into their pages, in place.
 
@@ -150,8 +168,13 @@ def quantize_pack(
             drop what goes there).
         first: like page, the run's first token in its page, a multiple of U.
         valid: bool, broadcastable to x without D: tokens that count (default: all).
+        smooth: `[N or B, Hkv, D]` float32 powers of two that the channels of a row are divided by.
     """
+    if smooth is not None:
+        smooth = smooth.unsqueeze(-2)
     if x.dim() == 5:
+        if smooth is not None:
+            smooth = smooth.unsqueeze(1).expand(*x.shape[:3], 1, -1).flatten(0, 1)
         valid = valid if valid is None else valid.expand(x.shape[:4]).flatten(0, 1)
         x, page, first = x.flatten(0, 1), page.flatten(), first.flatten()
     tokens = x.shape[2]
@@ -163,7 +186,7 @@ def quantize_pack(
     if isinstance(spec, OpaqueSpec):
         _encode(pages, spec, x, index, first, valid)
         return
-    unit = quantize_unit(x, spec, valid)
+    unit = quantize_unit(x, spec, valid, smooth)
     for stored, new in zip(pages[1:], unit[1:], strict=True):
         if stored is not None and new is not None:
             size = PAGE_TOKENS // stored.shape[2]  # tokens that share an entry
@@ -277,12 +300,12 @@ def quantize(
     smooth = None
     if spec is not None and spec.smooth:
         every = torch.ones(t, dtype=torch.bool, device=x.device)
-        smooth = smooth_factor(x, every, spec.smooth).unsqueeze(2)
-        x = (x / smooth).to(x.dtype)
+        smooth = smooth_factor(x, every, spec.smooth)
     padded = F.pad(x, (0, 0, 0, n * PAGE_TOKENS - t)).unflatten(2, (n, PAGE_TOKENS))
-    page = torch.arange(b * n, device=x.device)
-    token = page[:, None, None] % n * PAGE_TOKENS + torch.arange(PAGE_TOKENS, device=x.device)
-    quantize_pack(pages, spec, padded.transpose(1, 2).flatten(0, 1), page, page * 0, token < t)
+    page = torch.arange(b * n, device=x.device).view(b, n)
+    token = torch.arange(n * PAGE_TOKENS, device=x.device).view(n, 1, PAGE_TOKENS)
+    quantize_pack(pages, spec, padded.transpose(1, 2), page, page * 0, token < t, smooth)
+    smooth = None if smooth is None else smooth.unsqueeze(2)
     return PackedTensor(pages, spec, (b, h, t, d), x.dtype, smooth)
 
 

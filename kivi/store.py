@@ -11,7 +11,7 @@ from torch import Tensor
 from kivi.kernels.reference import exact_positions, gather_pages, smooth_factors
 from kivi.packing import units_per_tile
 from kivi.pages import CROP
-from kivi.smoothing import smoothed
+from kivi.smoothing import find_smooth
 from kivi.spec import PAGE_TOKENS, TILE_ROWS, KVSpec, QuantSpec, check_count
 from kivi.view import CacheView
 
@@ -173,15 +173,15 @@ def pack_units(
     """
     column = (first // PAGE_TOKENS).clamp_max(view.table.shape[1] - 1)
     page, offset = view.table.gather(1, column) * due, first % PAGE_TOKENS
-    specs = (spec.key, spec.value)
-    for x, pages, one in zip(sources, (view.key, view.value), specs, strict=True):
+    specs, factors = (spec.key, spec.value), smooth_factors(view, spec)
+    for x, pages, one, f in zip(sources, (view.key, view.value), specs, factors, strict=True):
         unit = x.shape[3]
         # Units that may fall into one word tile are written one call after the other.
         stride = units_per_tile(one.bits, unit) if isinstance(one, QuantSpec) else 1
         for start in range(min(stride, x.shape[2])):
             pick = slice(start, None, stride)
             run = x[:, :, pick].transpose(1, 2)
-            quantize_pack(pages, one, run, page[:, pick], offset[:, pick])
+            quantize_pack(pages, one, run, page[:, pick], offset[:, pick], None, f)
 
 
 def store(
@@ -220,19 +220,18 @@ def store(
         units -= skipped * PAGE_TOKENS // unit
         begin = sinks + skipped * PAGE_TOKENS
         body = [x[:, :, begin : begin + units * unit] for x in (k, v)]
-        body = smoothed(view, spec, body, step.packed)
+        find_smooth(view, spec, body, step.packed)
         if done > 0:
-            page = view.table[:, skipped : skipped + done]
-            for x, pages, one in zip(
-                body, (view.key, view.value), (spec.key, spec.value), strict=True
-            ):
+            page, factors = view.table[:, skipped : skipped + done], smooth_factors(view, spec)
+            specs = (spec.key, spec.value)
+            for x, pages, one, f in zip(body, view[:2], specs, factors, strict=True):
                 run = x[:, :, : done * PAGE_TOKENS].unflatten(2, (done, PAGE_TOKENS))
-                quantize_pack(pages, one, run.transpose(1, 2), page, page * 0)
+                quantize_pack(pages, one, run.transpose(1, 2), page, page * 0, None, f)
         body = [x[:, :, done * PAGE_TOKENS :] for x in body]
         units -= done * PAGE_TOKENS // unit
     elif units:
         body = _leaving(view, spec, k, v, step.position, start, units)
-        body = smoothed(view, spec, body, step.packed)
+        find_smooth(view, spec, body, step.packed)
     if units:
         first = start[:, None]
         if units > 1 or done:

@@ -47,6 +47,17 @@ def is_plain(spec: Spec | None) -> bool:
     return not mapped and spec.clip == 1 and spec.grid in GRIDS
 
 
+def packs(spec: Spec | None, head_dim: int) -> bool:
+    """Whether `quantize_pack` has a kernel for it."""
+    if is_plain(spec):
+        return True
+    if not isinstance(spec, QuantSpec) or spec.axis == "channel" or spec.token_norm:
+        return False
+    group = spec.group(head_dim)
+    whole = group == head_dim or group & (group - 1) == 0
+    return whole and (spec.center is None or spec.center >= TILE_ROWS)
+
+
 def flat(spec: Spec | None, head_dim: int) -> tuple[int, bool, int]:
     """Bits (0: none), whether scales are per channel, and the group size."""
     if spec is None:

@@ -1,0 +1,113 @@
+"""quantize_pack of tokens that are mapped, centered or smoothed: `kivi::quantize_mapped`."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from kivi.grids import COVER, STEP, metadata_dtype, refit_unit, symmetric_offset
+from kivi.kernels.triton_pack_mapped import quantize_mapped
+from kivi.packing import widths
+from kivi.quantize import Pages
+from kivi.spec import PAGE_TOKENS, TILE_ROWS, WORD_BITS, QuantSpec
+
+
+@cache
+def _constants(spec: QuantSpec, unit: int, d: int, dtype: torch.dtype) -> dict[str, Any]:
+    """What the kernel is compiled for, and how it shares elements out to threads."""
+    group, info = spec.group(d), torch.finfo(metadata_dtype(dtype))
+    start, top = spec.clip * 2 / (2**spec.bits - 1), 2**spec.bits - 1
+    if spec.grid == "unbiased":
+        start = STEP[spec.bits] if spec.bits in STEP else COVER[spec.bits] * 2 / top
+    padded, vector = triton.next_power_of_2(group), 16 // dtype.itemsize
+    groups = triton.next_power_of_2(d // group)
+    put = min(unit, WORD_BITS // widths(spec.bits)[0] * TILE_ROWS) // TILE_ROWS
+    return {
+        "BITS": spec.bits,
+        "GRID": spec.grid,
+        "CLIP": spec.clip,
+        "MAP": spec.block(d),
+        "G": group,
+        "U": unit,
+        "D": d,
+        "OFFSET": symmetric_offset(spec.bits),
+        "START": start,
+        "LIMIT": info.max,
+        "EPS": info.eps,
+        "LEAST": max(info.smallest_normal * info.eps, torch.finfo(torch.float32).smallest_normal),
+        "UNIT": refit_unit(spec.bits, group),
+        "CENTERED": spec.center // TILE_ROWS if spec.center else put,
+        "PUT": put,
+        "GROUPS": groups,
+        "PADDED": padded,
+        # A thread has 32 channels of a token: 16 bytes of each piece.
+        "SPLIT": max(1, min(padded, 32) // vector),
+        "VECTOR": vector,
+        "num_warps": min(16, max(1, groups * padded // 32)),
+    }
+
+
+def _op(
+    words: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    center: Tensor | None,
+    x: Tensor,
+    page: Tensor,
+    first: Tensor,
+    valid: Tensor | None,
+    smooth: Tensor | None,
+    bits: int,
+    group_size: int | None,
+    grid: str,
+    clip: float,
+    transform: str | None,
+) -> None:
+    assert all(t is None or t.is_contiguous() for t in (words, scale, zero, center))
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    if smooth is not None and smooth.stride(-1) != 1:
+        smooth = smooth.contiguous()
+    page, first = page.contiguous(), first.contiguous()
+    rows = x if x.dim() == 5 else x.unsqueeze(1)
+    (_, n, heads, unit, d), strides = rows.shape, rows.stride()[:4]
+    tokens = None if center is None else PAGE_TOKENS // center.shape[2]
+    spec = QuantSpec(bits, "token", group_size, grid, clip, transform, tokens)  # type: ignore[arg-type]
+    constants = _constants(spec, unit, d, x.dtype)
+    span = TILE_ROWS * max(constants["CENTERED"], constants["PUT"])
+    of_smooth = (0, 0) if smooth is None else smooth.stride()[:2]
+    of_valid = (0, 0, 0) if valid is None else valid.stride()
+    tensors = (words, scale, zero, center, x, smooth, page, first, valid)
+    with torch.cuda.device_of(x):
+        quantize_mapped[(page.numel() * heads * (unit // span),)](
+            *tensors, heads, n, *strides[:3], *of_smooth, *of_valid, strides[3], **constants
+        )
+
+
+_LIBRARY = torch.library.Library(__name__.partition(".")[0], "FRAGMENT")
+_LIBRARY.define(
+    "quantize_mapped(Tensor(a!) words, Tensor(b!) scale, Tensor(c!)? zero, Tensor(d!)? center, "
+    "Tensor x, Tensor page, Tensor first, Tensor? valid, Tensor? smooth, int bits, "
+    "int? group_size, str grid, float clip, str? transform) -> ()"
+)
+_LIBRARY.impl("quantize_mapped", _op, "CompositeExplicitAutograd")
+torch.library.register_fake("kivi::quantize_mapped", lambda *_: None, lib=_LIBRARY)
+
+
+def quantize_pack_mapped(
+    pages: Pages,
+    spec: QuantSpec,
+    x: Tensor,
+    page: Tensor,
+    first: Tensor,
+    valid: Tensor | None,
+    smooth: Tensor | None,
+) -> None:
+    """`triton_quantize.quantize_pack` for specs that are not plain; `valid` is expanded."""
+    of_spec = (spec.bits, spec.group_size, spec.grid, float(spec.clip), spec.transform)
+    assert pages.scale is not None
+    torch.ops.kivi.quantize_mapped.default(*pages[:4], x, page, first, valid, smooth, *of_spec)
