@@ -18,7 +18,7 @@ from kivi.grids import (
     metadata_dtype,
     norm,
     round_to,
-    unbiased_scale,
+    unbiased,
     zero_code,
 )
 from kivi.packing import insert, pack_unit, unpack
@@ -132,15 +132,16 @@ def quantize_unit(
     else:
         grouped = own.unflatten(-1, (d // group, group))
         mask = valid[..., None, None]
-    scale, zero = fit(grouped, mask, spec.bits, spec.grid, meta, spec.clip)
-    codes = torch.where(mask, encode(grouped, scale, zero, spec.bits), 0.0)
     if spec.grid == "unbiased":
-        scale = unbiased_scale(grouped, codes, mask, spec.bits, meta)
+        (codes, scale), zero = unbiased(grouped, mask, spec.bits, meta), None
+    else:
+        scale, zero = fit(grouped, mask, spec.bits, spec.grid, meta, spec.clip)
+        codes = torch.where(mask, encode(grouped, scale, zero, spec.bits), 0.0)
     codes = codes.transpose(-1, -2) if spec.axis == "channel" else codes
     return Unit(
         codes.reshape(x.shape).to(torch.int16),
         scale.squeeze(-1).to(meta),
-        zero.squeeze(-1).to(meta) if spec.has_zero else None,
+        zero.squeeze(-1).to(meta) if zero is not None and spec.has_zero else None,
         None if center is None else center.squeeze(-2).to(meta),
         None if size is None else size.to(meta),
     )

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kivi import KVQuantizer, KVSpec, LayerCache, QuantSpec
-from kivi.grids import FIXED, fixed_point, mean, norm
+from kivi.grids import FIXED, fixed_point, mean, norm, round_to
 from kivi.kernels import reference
 from kivi.quantize import dequantize, quantize
 from kivi.transforms import hadamard, inverse_hadamard, smooth_factor
@@ -103,16 +103,32 @@ def test_what_is_stored_is_what_is_said(spec, bits):
 def test_fixed_point_sums():
     x = torch.tensor([[1.0, -4.0, torch.nan, 2.0, torch.inf, 8.0]])
     valid = torch.tensor([True] * 5 + [False])
-    parts, peak = fixed_point(x, valid)
-    assert peak.item() == 4 and parts.tolist() == [[FIXED // 4, -FIXED, 0, FIXED // 2, 0, 0]]
-    assert mean(x, valid, torch.float16).item() == pytest.approx(-1 / 3, rel=1e-3)
+    parts, part, peak = fixed_point(x, valid)
+    assert peak.item() == 4 and part.item() == 8 / FIXED
+    assert parts.tolist() == [[FIXED // 8, -FIXED // 2, 0, FIXED // 4, 0, 0]]
     assert norm(x, valid, torch.float16).item() == pytest.approx(21**0.5, rel=2e-3)
-    assert norm(x * 0, valid, torch.float16).item() == mean(x * 0, valid, torch.float16).item() == 0
+    assert norm(x * 0, valid, torch.float16).item() == 0
+    assert fixed_point(x * 0, valid)[0].tolist() == [[0] * 6]
+    for size in (3.4e38, 1e30, 1e-30, 2.0**-117):
+        parts, part, _ = fixed_point(x / 4 * size, valid)
+        assert FIXED / 2 <= -parts[0, 1] <= FIXED and part.item() * -parts[0, 1] == pytest.approx(size)
+
+
+@pytest.mark.parametrize("tokens", [16, 32, 128])
+def test_means_of_what_is_valid_and_finite(tokens):
+    x, valid = randn(2, tokens, 8), torch.rand(tokens) < 0.8
+    x[0, 3, 4], x[1, 5, 6] = torch.nan, torch.inf
+    counts = (valid[:, None] & x.isfinite()).numpy()
+    want = np.where(counts, x.numpy(), 0).sum(1, keepdims=True) / counts.sum(1, keepdims=True)
+    assert np.allclose(mean(x, valid[:, None]).numpy(), want, atol=1e-6)
+    assert not mean(x, valid[:, None] & False).any()
 
 
 def test_a_constant_group_has_an_exact_mean():
-    x = torch.full((1, 100), 0.1).half().float()
-    assert mean(x, torch.ones(100, dtype=torch.bool), torch.float16).item() == x[0, 0].item()
+    x = torch.full((128, 1), 0.1).half().float()
+    for count in (128, 100, 1):
+        got = mean(x, torch.arange(128)[:, None] < count)
+        assert round_to(got, torch.float16).item() == x[0, 0].item()
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])

@@ -8,6 +8,8 @@ from kivi.spec import TILE_ROWS, QuantSpec, Spec
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 512
+VECTOR = 8
+"""Neighbouring channels that a thread of `quantize_pack` has."""
 GRIDS = ("asymmetric", "symmetric", "least_squares")
 
 
@@ -53,9 +55,18 @@ def packs(spec: Spec | None, head_dim: int) -> bool:
         return True
     if not isinstance(spec, QuantSpec) or spec.axis == "channel" or spec.token_norm:
         return False
-    group = spec.group(head_dim)
-    whole = group == head_dim or group & (group - 1) == 0
-    return whole and (spec.center is None or spec.center >= TILE_ROWS)
+    if spec.grid == "least_squares" or head_dim % VECTOR:
+        return False
+    pieces = spec.group(head_dim) % (lanes(head_dim) * VECTOR) == 0
+    return pieces and (spec.center is None or spec.center >= TILE_ROWS)
+
+
+def lanes(head_dim: int) -> int:
+    """Threads that share a token in `quantize_pack`: about 32 channels for each."""
+    count = 1 << ((head_dim - 1) // TILE_ROWS).bit_length()
+    while head_dim % (count * VECTOR):
+        count //= 2
+    return count
 
 
 def flat(spec: Spec | None, head_dim: int) -> tuple[int, bool, int]:

@@ -10,17 +10,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kivi.grids import FIXED as PARTS
 from kivi.kernels.triton_tile_pack import high_half, low_half, pair, unpair
 
 # 1.5 * 2^23: adding it rounds a float32 below 2^22 to an integer, half to even. As int32, the sum
 # has that integer in its low bits, and no other bit set in the low 16.
 ROUND = tl.constexpr(12582912.0)
-FIXED = tl.constexpr(PARTS)
 
 
 @triton.jit
-def _multiply(a, b):
+def multiply(a, b):
     """`a * b`, rounded: a plain product would be contracted with the sum that takes it."""
     return tl.fma(a, b, 0.0)
 
@@ -39,7 +37,7 @@ def round_to(x, LIMIT: tl.constexpr, EPS: tl.constexpr, LEAST: tl.constexpr):
 
 
 @triton.jit
-def _store_scale(scale, spread, LIMIT: tl.constexpr, EPS: tl.constexpr, LEAST: tl.constexpr):
+def store_scale(scale, spread, LIMIT: tl.constexpr, EPS: tl.constexpr, LEAST: tl.constexpr):
     """`grids._store_scale`."""
     return tl.where(spread > 0, tl.maximum(round_to(scale, LIMIT, EPS, LEAST), LEAST), 0.0)
 
@@ -117,7 +115,6 @@ def fit(
     LEAST: tl.constexpr,
     UNIT: tl.constexpr,
     PAIRS: tl.constexpr,
-    CLIP: tl.constexpr = 1.0,
 ):
     """`grids.fit`: scale and zero, float32. What takes no part in a group is NaN in `raw`."""
     TOP: tl.constexpr = 2**BITS - 1
@@ -131,18 +128,16 @@ def fit(
         STEPS: tl.constexpr = 0.5 if BITS == 1 else 2.0 ** (BITS - 1) - 1
         size = finite & 0x7FFF7FFF if PAIRS else tl.abs(finite)
         spread = tl.maximum(_max(size, CHANNEL), 0.0)
-        scale = _store_scale(spread * (CLIP / STEPS), spread, LIMIT, EPS, LEAST)
-        zero = _multiply(scale, -OFFSET)
+        scale = store_scale(spread * (1.0 / STEPS), spread, LIMIT, EPS, LEAST)
+        zero = multiply(scale, -OFFSET)
     else:
         low = _min(finite, CHANNEL)
         high = _max(finite, CHANNEL)
-        if CLIP != 1.0:
-            low, high = low * CLIP, high * CLIP
         zero = round_to(tl.where(low <= high, low, 0.0), LIMIT, EPS, LEAST) + 0.0
         spread = tl.where(low <= high, high, 0.0) - zero
-        scale = _store_scale(spread * (1.0 / TOP), spread, LIMIT, EPS, LEAST)
+        scale = store_scale(spread * (1.0 / TOP), spread, LIMIT, EPS, LEAST)
     if GRID == "least_squares":
-        steps = _multiply(x - zero, _inverse(scale))
+        steps = multiply(x - zero, _inverse(scale))
         codes = _round(steps, BITS) - ROUND
         rest = tl.minimum(tl.maximum(steps - codes, -1.0), 1.0) * UNIT + ROUND - ROUND
         counts = tl.fma(x, 0.0, x) == x
@@ -150,15 +145,15 @@ def fit(
         count = tl.maximum(_sum(tl.where(counts, 1.0, 0.0), CHANNEL), 1.0)
         code_sum, rest_sum = _sum(codes, CHANNEL), _sum(rest, CHANNEL)
         squares, products = _sum(codes * codes, CHANNEL), _sum(codes * rest, CHANNEL)
-        variance = _multiply(count, squares) - _multiply(code_sum, code_sum)
-        slope = _multiply(count, products) - _multiply(code_sum, rest_sum)
+        variance = multiply(count, squares) - multiply(code_sum, code_sum)
+        slope = multiply(count, products) - multiply(code_sum, rest_sum)
         slope = tl.math.div_rn(slope, tl.maximum(variance, 1e-9))
-        shift = tl.math.div_rn(rest_sum - _multiply(slope, code_sum), count)
-        shift -= _multiply(slope, OFFSET)
-        new = scale + _multiply(scale, slope * (1.0 / UNIT))
+        shift = tl.math.div_rn(rest_sum - multiply(slope, code_sum), count)
+        shift -= multiply(slope, OFFSET)
+        new = scale + multiply(scale, slope * (1.0 / UNIT))
         refit = (variance > 0) & (new > 0) & (spread <= LIMIT)
-        moved = round_to(zero + _multiply(scale, shift * (1.0 / UNIT)), LIMIT, EPS, LEAST)
-        scale = tl.where(refit, _store_scale(new, new, LIMIT, EPS, LEAST), scale)
+        moved = round_to(zero + multiply(scale, shift * (1.0 / UNIT)), LIMIT, EPS, LEAST)
+        scale = tl.where(refit, store_scale(new, new, LIMIT, EPS, LEAST), scale)
         zero = tl.where(refit, moved, zero)
     return scale, zero
 
@@ -176,98 +171,15 @@ def _round(steps, BITS: tl.constexpr):
 
 
 @triton.jit
-def _encode(x, scale, zero, BITS: tl.constexpr, EPS: tl.constexpr):
-    """`grids.encode` of float32, plus what has no bit among the low 16; NaN becomes 0."""
+def encode(x, scale, zero, BITS: tl.constexpr, EPS: tl.constexpr):
+    """`grids.encode` of float32, as int32 with no other bit among the low 16; NaN becomes 0."""
     steps, inverse = x - zero, _inverse(scale)
     if EPS == 2.0**-7:  # the inverses of bfloat16's largest scales are subnormal: no part of them
-        steps = _round(_multiply(steps, inverse), BITS)
+        steps = _round(multiply(steps, inverse), BITS)
     else:
         # In parts of 2^BITS, because a clamp to [0, 1] is a modifier of the multiplication.
         PART: tl.constexpr = 2.0**-BITS
-        steps = tl.minimum(tl.maximum(_multiply(steps, inverse * PART), 0.0), 1.0)
+        steps = tl.minimum(tl.maximum(multiply(steps, inverse * PART), 0.0), 1.0)
         # The other bound after rounding: two bounds in a row would become one.
         steps = tl.minimum(steps + ROUND * PART, (ROUND + (2**BITS - 1)) * PART)
-    return steps
-
-
-@triton.jit
-def encode(x, scale, zero, BITS: tl.constexpr, EPS: tl.constexpr):
-    """`grids.encode` of float32, as int32 with no other bit among the low 16; NaN becomes 0."""
-    return _encode(x, scale, zero, BITS, EPS).to(tl.int32, bitcast=True)
-
-
-@triton.jit
-def _levels(steps, BITS: tl.constexpr, EPS: tl.constexpr):
-    """Of codes as `_encode` gives them: twice the code, less the largest."""
-    if EPS == 2.0**-7:
-        return (steps - ROUND) * 2.0 - (2**BITS - 1)
-    PART: tl.constexpr = 2.0**-BITS
-    return (steps - ROUND * PART) * (2.0 / PART) - (2**BITS - 1)
-
-
-@triton.jit
-def _total(x, MOST: tl.constexpr):
-    """Sum over groups of 4 dimensions of whole numbers up to MOST, rounded once."""
-    if MOST * (x.shape[2] * x.shape[3]) <= 2**24:
-        return _sum(x, False)
-    x = tl.sum(x, 2, keep_dims=True)  # at most 8 of at most 2^20
-    return tl.sum(x.to(tl.int32), 3, keep_dims=True).to(tl.float32)
-
-
-@triton.jit
-def _largest(a, b):
-    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def fit_midpoint(
-    x,
-    BITS: tl.constexpr,
-    GRID: tl.constexpr,
-    CLIP: tl.constexpr,
-    START: tl.constexpr,
-    G: tl.constexpr,
-    LIMIT: tl.constexpr,
-    EPS: tl.constexpr,
-    LEAST: tl.constexpr,
-):
-    """The stored scale of "midpoint" and "unbiased" groups of 4 dimensions, and codes as `encode`.
-
-    What takes no part in a group of G is NaN, padding 0. Elements are looked at for what is not
-    finite only where the largest is not.
-    """
-    TOP: tl.constexpr = 2**BITS - 1
-    PADDING: tl.constexpr = x.shape[2] * x.shape[3] - G
-    size = tl.abs(x)
-    peak = tl.reduce(tl.reduce(size, 3, _largest, keep_dims=True), 2, _largest, keep_dims=True)
-    count = tl.full(peak.shape, G, tl.float32)
-    known = x
-    if tl.max(tl.where(peak * 0.0 == 0.0, 0, 1)) > 0:
-        finite = x * 0.0 == 0.0
-        known = tl.where(finite, x, 0.0)
-        count = _sum(tl.where(finite, 1.0, 0.0), False) - PADDING
-        peak = _max(tl.abs(known), False)
-    power = (peak.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-    part = tl.maximum(power, 2.0**-117) * (2.0 / FIXED)
-    inverse = (0x7F000000 - part.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
-    if GRID == "unbiased":
-        parts = known * inverse + ROUND - ROUND
-        squares = _total(parts * parts, FIXED * FIXED)
-    if GRID == "unbiased" and BITS <= 3:
-        mean = tl.math.div_rn(squares, tl.maximum(count, 1.0))
-        start = tl.math.sqrt_rn(mean) * START * part
-    else:
-        start = peak * START
-    scale = _store_scale(start, peak, LIMIT, EPS, LEAST)
-    codes = _encode(x, scale, _multiply(scale, -0.5 * TOP), BITS, EPS)
-    if GRID == "unbiased":
-        level = _levels(codes, BITS, EPS)
-        # Levels of what takes no part are the outermost ones, those of padding the innermost.
-        norm = _total(level * level, TOP * TOP) - (G - count) * (TOP * TOP) - PADDING
-        ratio = tl.math.div_rn(_total(parts * level, FIXED * TOP), tl.maximum(norm, 1.0))
-        scale = _store_scale(ratio * (2.0 * part), peak, LIMIT, EPS, LEAST)
-        codes = _encode(x, scale, _multiply(scale, -0.5 * TOP), BITS, EPS)
-        product = _total(parts * _levels(codes, BITS, EPS), FIXED * TOP)
-        ratio = tl.math.div_rn(squares, tl.maximum(product, 1.0))
-        scale = _store_scale(ratio * (2.0 * part), peak, LIMIT, EPS, LEAST)
-    return scale, codes.to(tl.int32, bitcast=True)
+    return steps.to(tl.int32, bitcast=True)

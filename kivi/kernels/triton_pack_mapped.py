@@ -9,36 +9,27 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kivi.kernels.triton_grids import encode, fit, fit_midpoint, round_to
-from kivi.kernels.triton_tile_pack import insert, insert_thirds, plane_weight
+from kivi.kernels.triton_grids import round_to
+from kivi.kernels.triton_tile_pack import (
+    insert,
+    insert_pairs,
+    plane_weight,
+    split_thirds,
+    unpack_vector,
+    words_of_bytes,
+)
+from kivi.kernels.triton_token import hadamard, hadamard_of_one, some
+from kivi.kernels.triton_token_grids import quantize_group
 from kivi.spec import PAGE_TOKENS, TILE_ROWS
 
 PAGE = tl.constexpr(PAGE_TOKENS)
 ROWS = tl.constexpr(TILE_ROWS)
 
 
-@triton.constexpr_function
-def log2(n):
-    return n.bit_length() - 1
-
-
-@triton.jit
-def hadamard(x, BLOCK: tl.constexpr):
-    """`transforms.hadamard` of rows [N, channels], a power of two of them."""
-    N: tl.constexpr = x.shape[0]
-    D: tl.constexpr = x.shape[1]
-    for k in tl.static_range(log2(BLOCK)):
-        pairs = tl.permute(tl.reshape(x, [N, D // (2 << k), 2, 1 << k]), [0, 1, 3, 2])
-        low, high = tl.split(pairs)
-        x = tl.reshape(tl.permute(tl.join(low + high, low - high), [0, 1, 3, 2]), [N, D])
-    return x * 2.0 ** -(log2(BLOCK) // 2)
-
-
 @triton.jit
 def _plane_sums(
     source,  # of the first token
     valid,
-    factor,  # [channels], 1 / C in it
     X_TOKEN: tl.constexpr,
     valid_token,
     D: tl.constexpr,
@@ -46,7 +37,7 @@ def _plane_sums(
     PLANES: tl.constexpr,
     CHECKED: tl.constexpr,
 ):
-    """Sums over the tokens of planes, and how many counted if CHECKED, [channels]."""
+    """Sums over the tokens of planes, over their number, and how many counted if CHECKED."""
     row, channel = tl.arange(0, ROWS)[:, None], tl.arange(0, PADDED)[None, :]
     inside = None if PADDED == D else channel < D
     sums = tl.zeros([ROWS, PADDED], tl.float32)
@@ -64,10 +55,10 @@ def _plane_sums(
             x = tl.where(finite, x, 0.0)
             counts = finite if mask is None else finite & mask
             count += counts.to(tl.int32)
-        sums = tl.fma(x, factor[None, :], sums)  # times powers of two: only the sum is rounded
+        sums = tl.fma(x, 1.0 / (PLANES * ROWS), sums)  # a power of two: only the sum is rounded
         source += ROWS * X_TOKEN
     for k in tl.static_range(5):
-        sums = tl.sum(tl.reshape(sums, [2, ROWS >> (k + 1), PADDED]), 0)
+        sums = tl.sum(tl.reshape(sums, [2, ROWS // 2 ** (k + 1), PADDED]), 0)
     return tl.reshape(sums, [PADDED]), tl.sum(count, 0)
 
 
@@ -75,7 +66,6 @@ def _plane_sums(
 def _means(
     source,
     valid,
-    factor,
     X_TOKEN: tl.constexpr,
     valid_token,
     D: tl.constexpr,
@@ -83,21 +73,86 @@ def _means(
     PLANES: tl.constexpr,
 ):
     """`grids.mean`, [channels]; looks at every element only where one is not finite."""
-    C: tl.constexpr = PLANES * ROWS
-    factor *= 1.0 / C
     MASKED: tl.constexpr = valid is not None
-    means, count = _plane_sums(
-        source, valid, factor, X_TOKEN, valid_token, D, PADDED, PLANES, MASKED
-    )
-    if not MASKED:
-        if tl.max(tl.where(means * 0.0 == 0.0, 0, 1)) > 0:
-            means, count = _plane_sums(
-                source, valid, factor, X_TOKEN, valid_token, D, PADDED, PLANES, True
-            )
-            means *= tl.math.div_rn(C * 1.0, tl.maximum(count, 1).to(tl.float32))
+    means, count = _plane_sums(source, valid, X_TOKEN, valid_token, D, PADDED, PLANES, MASKED)
+    if MASKED:
+        means *= tl.math.div_rn(PLANES * ROWS * 1.0, tl.maximum(count, 1).to(tl.float32))
     else:
-        means *= tl.math.div_rn(C * 1.0, tl.maximum(count, 1).to(tl.float32))
+        if tl.max(tl.where(means * 0.0 == 0.0, 0, 1), 0) > 0:
+            means, count = _plane_sums(source, valid, X_TOKEN, valid_token, D, PADDED, PLANES, True)
+            means *= tl.math.div_rn(PLANES * ROWS * 1.0, tl.maximum(count, 1).to(tl.float32))
     return means
+
+
+@triton.jit
+def _load(source, LANES: tl.constexpr, VECTOR: tl.constexpr, PIECES: tl.constexpr):
+    """Tokens in registers, of pointers [tokens, 1] to their first channels."""
+    i = tl.arange(0, LANES * VECTOR)[None, :]
+    # Tells the compiler how many neighbours to give a thread.
+    i = i // VECTOR * VECTOR + i % VECTOR
+    out = ()
+    for piece in tl.static_range(PIECES):
+        x = tl.load(source + piece * (LANES * VECTOR) + i)
+        out = out + unpack_vector(x, LANES, VECTOR)
+    return out
+
+
+@triton.jit
+def _store(
+    words,  # of the page and head
+    before,  # bytes of the half of a word before the last
+    last,
+    plane,  # the first, in the page
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PUT: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    """Put planes into the words of a tile; the others stay."""
+    PAIRS: tl.constexpr = VECTOR // 2
+    in_tile = plane % (16 // WIDTH)
+    words += plane // (16 // WIDTH) * (ROWS * D)
+    i = tl.arange(0, LANES * PAIRS)[None, :]
+    at = words.to(tl.pointer_type(tl.int32), bitcast=True) + tl.arange(0, ROWS)[:, None] * (D // 2)
+    at += i // PAIRS * PAIRS + i % PAIRS
+    place = tl.arange(0, PAIRS)[None, None, :]
+    for piece in tl.static_range(D // (LANES * VECTOR)):
+        low = tl.zeros([ROWS, LANES, PAIRS], tl.int32)
+        high = low
+        for k in tl.static_range(PAIRS):
+            j: tl.constexpr = piece * (VECTOR // 4) + k // 2
+            if PUT * WIDTH == 16:
+                one = words_of_bytes(before[j], last[j], k % 2 * 2)
+                two = words_of_bytes(before[j], last[j], k % 2 * 2 + 1)
+            else:
+                half = plane_weight(in_tile // (8 // WIDTH), 8)
+                one = words_of_bytes(last[j], 0, k % 2 * 2) * half
+                two = words_of_bytes(last[j], 0, k % 2 * 2 + 1) * half
+            low = tl.where(place == k, one[:, :, None], low)
+            high = tl.where(place == k, two[:, :, None], high)
+        low = tl.reshape(low, [ROWS, LANES * PAIRS])
+        high = tl.reshape(high, [ROWS, LANES * PAIRS])
+        insert_pairs(at + piece * (LANES * PAIRS), low, high, in_tile, WIDTH, PUT)
+
+
+@triton.jit
+def _store_thirds(
+    words,
+    thirds,
+    plane,
+    D: tl.constexpr,
+    PUT: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    """Put the third bits of codes of 3 bits into halves of words."""
+    halves = words.to(tl.pointer_type(tl.int8), bitcast=True) + plane // 8
+    row, lane = tl.arange(0, ROWS)[:, None], tl.arange(0, LANES)[None, :]
+    for k in tl.static_range(D // LANES):
+        channel = (k // VECTOR * LANES + lane) * VECTOR + k % VECTOR
+        byte = words_of_bytes(thirds[k // 4], 0, k % 4)
+        insert(halves + (row * D + channel) * 2, byte, None, plane % 8, 1, PUT)
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -129,27 +184,26 @@ def quantize_mapped(
     G: tl.constexpr,
     U: tl.constexpr,
     D: tl.constexpr,
-    OFFSET: tl.constexpr,  # of a symmetric grid
-    START: tl.constexpr,  # of a grid around 0, in standard deviations or of the largest element
+    PADDED: tl.constexpr,  # D, up to a power of two
+    OFFSET: tl.constexpr,  # of a grid without zeros
+    START: tl.constexpr,  # its first step, over the largest element or the standard deviation
     LIMIT: tl.constexpr,  # of the metadata's dtype
     EPS: tl.constexpr,
     LEAST: tl.constexpr,
-    UNIT: tl.constexpr,  # of a refit
     CENTERED: tl.constexpr,  # planes that share a center
     PUT: tl.constexpr,  # planes of a run in one tile
-    GROUPS: tl.constexpr,  # in a token, up to a power of two
-    PADDED: tl.constexpr,  # channels of a group, up to a power of two
-    SPLIT: tl.constexpr,  # pieces of a group in each of which a thread has elements
-    VECTOR: tl.constexpr,  # neighbouring channels of a thread
+    LANES: tl.constexpr,  # see triton_token.py
+    VECTOR: tl.constexpr,
+    FAST: tl.constexpr,  # NVIDIA's assembly
 ):
     """Map and quantize tokens and put their codes, scales, zeros and centers into their page."""
     WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
-    TILE: tl.constexpr = 16 // WIDTH
-    META: tl.constexpr = D // G
-    ALL: tl.constexpr = GROUPS * PADDED
-    SHARED: tl.constexpr = CENTERED if CENTERED < PUT else PUT  # planes with one center and tile
-    SPAN: tl.constexpr = ROWS * (CENTERED if CENTERED > PUT else PUT)  # tokens of a program
-    TILES: tl.constexpr = SPAN // (ROWS * PUT)
+    PIECES: tl.constexpr = D // (LANES * VECTOR)
+    GROUPS: tl.constexpr = D // G
+    EACH: tl.constexpr = G // LANES  # channels of a thread in a group
+    BYTE: tl.constexpr = min(PUT, 8 // WIDTH)  # planes in a byte of a word
+    SHARED: tl.constexpr = min(CENTERED, BYTE)
+    SPAN: tl.constexpr = ROWS * max(CENTERED, PUT)  # tokens of a program
 
     number = tl.program_id(0)
     span = number % (U // SPAN)
@@ -162,87 +216,95 @@ def quantize_mapped(
     place = which * heads + head
     x += run // n * x_row + run % n * x_run
     x += head.to(tl.int64) * x_head + span.to(tl.int64) * (SPAN * X_TOKEN)
-    every = tl.arange(0, ALL)
-    factor = tl.full([ALL], 1.0, tl.float32)
+    row = tl.arange(0, ROWS)[:, None]
+    meta = (place * PAGE + token + row) * GROUPS
     if smooth is not None:
         smooth += run // n * smooth_row + head.to(tl.int64) * smooth_head
-        factor = tl.math.div_rn(1.0, tl.load(smooth + every, mask=every < D, other=1.0))
-
-    # Elements: [groups, tokens, pieces of a group, channels of a piece]. See `quantize_tiles`.
-    group = tl.arange(0, GROUPS)[:, None, None, None]
-    row = tl.arange(0, ROWS)[None, :, None, None]
-    i = tl.arange(0, PADDED // SPLIT)[None, None, None, :]
-    i = i // VECTOR * VECTOR + i % VECTOR
-    i += tl.arange(0, SPLIT)[None, None, :, None] * (PADDED // SPLIT)
-    channel = group * G + i
-    meta = (place * PAGE + token + row) * META + group
-    known = None if META == GROUPS else group < META
-    inside = None if D == ALL else channel < D
-    times = tl.reshape(factor, [GROUPS, 1, SPLIT, PADDED // SPLIT])
-    center_of = tl.zeros([GROUPS, 1, SPLIT, PADDED // SPLIT], tl.float32)
-    packed = tl.zeros([GROUPS, ROWS, SPLIT, PADDED // SPLIT], tl.int32)
+        factors = ()
+        divisors = _load(smooth + row * 0, LANES, VECTOR, PIECES)
+        for k in tl.static_range(D // LANES):
+            factors = factors + (tl.math.div_rn(1.0, divisors[k]),)
     if valid is not None:
         valid += run * valid_run + head.to(tl.int64) * valid_head
         valid += span * SPAN * valid_token
     words += place * (BITS * ROWS * D)
     plane = (token // ROWS).to(tl.int32)
-    for part in tl.range(SPAN // (SHARED * ROWS)):
-        if part % (PUT // SHARED) == 0:
-            packed = tl.zeros([GROUPS, ROWS, SPLIT, PADDED // SPLIT], tl.int32)
-        if center is not None:
-            if part % (CENTERED // SHARED) == 0:
-                means = _means(x, valid, factor, X_TOKEN, valid_token, D, ALL, CENTERED)
-                means = hadamard(means[None, :], MAP)
-                means = round_to(means, LIMIT, EPS, LEAST)
-                at = (place * PAGE // (CENTERED * ROWS) + plane // CENTERED) * D
-                mapped = tl.reshape(means, [ALL]).to(center.dtype.element_ty)
-                tl.store(center + at + every, mapped, mask=None if D == ALL else every < D)
-                center_of = tl.reshape(means, [GROUPS, 1, SPLIT, PADDED // SPLIT])
-        for _ in tl.range(SHARED):
-            mask = inside
-            if valid is not None:
-                counts = tl.load(valid + row * valid_token)
-                mask = counts if inside is None else inside & counts
-                valid += ROWS * valid_token
-            raw = tl.load(x + row * X_TOKEN + channel, mask=mask, other=None if mask is None else 0)
-            x += ROWS * X_TOKEN
-            own = raw.to(tl.float32)
-            if smooth is not None:
-                own *= times
-            if MAP > 1:
-                own = tl.reshape(tl.permute(own, [1, 0, 2, 3]), [ROWS, ALL])
-                own = tl.reshape(hadamard(own, MAP), [ROWS, GROUPS, SPLIT, PADDED // SPLIT])
-                own = tl.permute(own, [1, 0, 2, 3])
+    none = ()
+    for _ in tl.static_range(D // (4 * LANES)):
+        none = none + (tl.zeros([ROWS, LANES], tl.int32),)
+    before, thirds = none, none
+    for part in tl.range(SPAN // (BYTE * ROWS)):
+        packed = none
+        for _ in tl.range(BYTE // SHARED):
             if center is not None:
-                own -= center_of
-            AROUND: tl.constexpr = GRID == "midpoint" or GRID == "unbiased"
-            if valid is not None:  # what takes no part is NaN
-                own = tl.where(counts, own, float("nan"))
-            if inside is not None and not AROUND:
-                own = tl.where(inside, own, float("nan"))
-            if AROUND:
-                s, codes = fit_midpoint(own, BITS, GRID, CLIP, START, G, LIMIT, EPS, LEAST)
-            else:
-                s, z = fit(
-                    own, BITS, GRID, OFFSET, False, LIMIT, EPS, LEAST, UNIT, False, CLIP
-                )
-                codes = encode(own, s, z, BITS, EPS)
-                if zero is not None:
-                    tl.store(zero + meta, z.to(zero.dtype.element_ty), mask=known)
-            tl.store(scale + meta, s.to(scale.dtype.element_ty), mask=known)
-            meta += ROWS * META
+                at = center + (place * (PAGE // (CENTERED * ROWS)) + plane // CENTERED) * D
+                if plane % CENTERED == 0:
+                    means = _means(x, valid, X_TOKEN, valid_token, D, PADDED, CENTERED)
+                    channel = tl.arange(0, PADDED)
+                    known = None if D == PADDED else channel < D
+                    if smooth is not None:
+                        divisor = tl.load(smooth + channel, mask=known, other=1.0)
+                        means = tl.math.div_rn(means, divisor)
+                    means = round_to(hadamard_of_one(means, MAP), LIMIT, EPS, LEAST)
+                    tl.store(at + channel, means.to(center.dtype.element_ty), mask=known)
+                    tl.debug_barrier()
+                centers = _load(at + row * 0, LANES, VECTOR, PIECES)
+            for _ in tl.range(SHARED):
+                own = _load(x + row * X_TOKEN, LANES, VECTOR, PIECES)
+                x += ROWS * X_TOKEN
+                if smooth is not None:
+                    smoothed = ()
+                    for k in tl.static_range(D // LANES):
+                        smoothed = smoothed + (own[k] * factors[k],)
+                    own = smoothed
+                own = hadamard(own, MAP, LANES, VECTOR)
+                if center is not None:
+                    rest = ()
+                    for k in tl.static_range(D // LANES):
+                        rest = rest + (own[k] - centers[k],)
+                    own = rest
+                if valid is not None:  # what takes no part is NaN
+                    counts = tl.load(valid + row * valid_token)
+                    valid += ROWS * valid_token
+                    known = ()
+                    for k in tl.static_range(D // LANES):
+                        known = known + (tl.where(counts, own[k], float("nan")),)
+                    own = known
+                codes = ()
+                for group in tl.static_range(GROUPS):
+                    bytes, s, z = quantize_group(
+                        some(own, group * EACH, EACH),
+                        BITS,
+                        GRID,
+                        CLIP,
+                        START,
+                        OFFSET,
+                        G,
+                        LIMIT,
+                        EPS,
+                        LEAST,
+                        FAST,
+                    )
+                    codes = codes + bytes
+                    tl.store(scale + meta + group, s.to(scale.dtype.element_ty))
+                    if zero is not None:
+                        tl.store(zero + meta + group, z.to(zero.dtype.element_ty))
+                meta += ROWS * GROUPS
+                weight = plane_weight(plane % (8 // WIDTH), WIDTH)
+                added, added_thirds = (), ()
+                for j in tl.static_range(D // (4 * LANES)):
+                    code = codes[j]
+                    if BITS == 3:
+                        code, third = split_thirds(code)
+                        third = thirds[j] + third * plane_weight(plane % 8, 1)
+                        added_thirds = added_thirds + (third,)
+                    added = added + (packed[j] + code * weight,)
+                packed = added
+                if BITS == 3:
+                    thirds = added_thirds
+                plane += 1
+        if (part + 1) % (PUT // BYTE) == 0:
+            _store(words, before, packed, plane - PUT, D, WIDTH, PUT, LANES, VECTOR)
             if BITS == 3:
-                third = (codes & 4) * (plane_weight(plane % TILE, 1) * 16384)
-                codes = (codes & 3) * plane_weight(plane % TILE, WIDTH) + third
-            else:
-                codes *= plane_weight(plane % TILE, WIDTH)
-            packed += codes
-            plane += 1
-        if part % (PUT // SHARED) == PUT // SHARED - 1:
-            begun = (plane - PUT) % TILE
-            tile = (plane - PUT) // TILE
-            word = row * D + channel
-            insert(words + tile * (ROWS * D) + word, packed, inside, begun, WIDTH, PUT)
-            if BITS == 3:
-                halves = (words + 2 * ROWS * D).to(tl.pointer_type(tl.int8), bitcast=True)
-                insert_thirds(halves + word * 2 + tile, packed, inside, begun, PUT)
+                _store_thirds(words + 2 * ROWS * D, thirds, plane - PUT, D, PUT, LANES, VECTOR)
+        before = packed

@@ -9,45 +9,48 @@ import torch
 import triton
 from torch import Tensor
 
-from kivi.grids import COVER, STEP, metadata_dtype, refit_unit, symmetric_offset
+from kivi.grids import COVER, STEP, metadata_dtype, zero_code
+from kivi.kernels.triton_formats import VECTOR, lanes
 from kivi.kernels.triton_pack_mapped import quantize_mapped
+from kivi.kernels.triton_portable import FAST
 from kivi.packing import widths
 from kivi.quantize import Pages
 from kivi.spec import PAGE_TOKENS, TILE_ROWS, WORD_BITS, QuantSpec
 
 
 @cache
-def _constants(spec: QuantSpec, unit: int, d: int, dtype: torch.dtype) -> dict[str, Any]:
+def _constants(
+    spec: QuantSpec, unit: int, d: int, dtype: torch.dtype, fast: bool
+) -> dict[str, Any]:
     """What the kernel is compiled for, and how it shares elements out to threads."""
     group, info = spec.group(d), torch.finfo(metadata_dtype(dtype))
-    start, top = spec.clip * 2 / (2**spec.bits - 1), 2**spec.bits - 1
-    if spec.grid == "unbiased":
-        start = STEP[spec.bits] if spec.bits in STEP else COVER[spec.bits] * 2 / top
-    padded, vector = triton.next_power_of_2(group), 16 // dtype.itemsize
-    groups = triton.next_power_of_2(d // group)
+    bits, top = spec.bits, 2**spec.bits - 1
+    start = spec.clip * 2 / top
+    if spec.grid == "symmetric":
+        start = spec.clip / (0.5 if bits == 1 else 2 ** (bits - 1) - 1)
+    elif spec.grid == "unbiased":
+        start = STEP[bits] if bits in STEP else COVER[bits] * 2 / top
     put = min(unit, WORD_BITS // widths(spec.bits)[0] * TILE_ROWS) // TILE_ROWS
     return {
-        "BITS": spec.bits,
+        "BITS": bits,
         "GRID": spec.grid,
         "CLIP": spec.clip,
         "MAP": spec.block(d),
         "G": group,
         "U": unit,
         "D": d,
-        "OFFSET": symmetric_offset(spec.bits),
+        "PADDED": triton.next_power_of_2(d),
+        "OFFSET": zero_code(bits, spec.grid),
         "START": start,
         "LIMIT": info.max,
         "EPS": info.eps,
         "LEAST": max(info.smallest_normal * info.eps, torch.finfo(torch.float32).smallest_normal),
-        "UNIT": refit_unit(spec.bits, group),
         "CENTERED": spec.center // TILE_ROWS if spec.center else put,
         "PUT": put,
-        "GROUPS": groups,
-        "PADDED": padded,
-        # A thread has 32 channels of a token: 16 bytes of each piece.
-        "SPLIT": max(1, min(padded, 32) // vector),
-        "VECTOR": vector,
-        "num_warps": min(16, max(1, groups * padded // 32)),
+        "LANES": lanes(d),
+        "VECTOR": VECTOR,
+        "FAST": fast,
+        "num_warps": min(16, lanes(d)),
     }
 
 
@@ -77,7 +80,7 @@ def _op(
     (_, n, heads, unit, d), strides = rows.shape, rows.stride()[:4]
     tokens = None if center is None else PAGE_TOKENS // center.shape[2]
     spec = QuantSpec(bits, "token", group_size, grid, clip, transform, tokens)  # type: ignore[arg-type]
-    constants = _constants(spec, unit, d, x.dtype)
+    constants = _constants(spec, unit, d, x.dtype, FAST)
     span = TILE_ROWS * max(constants["CENTERED"], constants["PUT"])
     of_smooth = (0, 0) if smooth is None else smooth.stride()[:2]
     of_valid = (0, 0, 0) if valid is None else valid.stride()

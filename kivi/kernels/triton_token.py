@@ -1,0 +1,110 @@
+"""Whole tokens in registers: a tuple with a tensor [tokens, lanes] for each channel of a thread.
+
+Channel `(piece * lanes + lane) * vector + place` of a token is element `piece * vector + place` of
+the tuple, in that lane: threads read `vector` neighbours at once, and what neighbouring channels
+do with each other stays in a thread. Nothing here leaves a layout to the compiler.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.constexpr_function
+def log2(n):
+    """Of a power of two."""
+    return n.bit_length() - 1
+
+
+@triton.jit
+def some(xs, START: tl.constexpr, COUNT: tl.constexpr):
+    """COUNT elements of a tuple."""
+    out = ()
+    for k in tl.static_range(COUNT):
+        out = out + (xs[START + k],)
+    return out
+
+
+@triton.jit
+def _butterfly(xs, STEP: tl.constexpr):
+    out = ()
+    for k in tl.static_range(len(xs)):
+        out = out + ((xs[k - STEP] - xs[k]) if k & STEP else (xs[k] + xs[k + STEP]),)
+    return out
+
+
+@triton.jit
+def _butterfly_of_lanes(xs, LANES: tl.constexpr, STEP: tl.constexpr):
+    lane = tl.arange(0, LANES)[None, :]
+    sign = tl.broadcast_to(tl.where((lane & STEP) == 0, 1.0, -1.0), xs[0].shape)
+    other = tl.broadcast_to(lane ^ STEP, xs[0].shape)
+    out = ()
+    for k in tl.static_range(len(xs)):
+        out = out + (tl.fma(xs[k], sign, tl.gather(xs[k], other, 1)),)
+    return out
+
+
+@triton.jit
+def hadamard(xs, BLOCK: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr):
+    """`transforms.hadamard`, its sums in the same order."""
+    IN_VECTOR: tl.constexpr = min(BLOCK, VECTOR)
+    IN_LANES: tl.constexpr = min(BLOCK // IN_VECTOR, LANES)
+    for k in tl.static_range(log2(IN_VECTOR)):
+        xs = _butterfly(xs, 2**k)
+    for k in tl.static_range(log2(IN_LANES)):
+        xs = _butterfly_of_lanes(xs, LANES, 2**k)
+    for k in tl.static_range(log2(BLOCK // (IN_VECTOR * IN_LANES))):
+        xs = _butterfly(xs, VECTOR * 2**k)
+    return scaled(xs, 2.0 ** -(log2(BLOCK) // 2))
+
+
+@triton.jit
+def hadamard_of_one(x, BLOCK: tl.constexpr):
+    """`transforms.hadamard` of one token [channels]."""
+    channel = tl.arange(0, x.shape[0])
+    for k in tl.static_range(log2(BLOCK)):
+        sign = tl.where((channel & 2**k) == 0, 1.0, -1.0)
+        x = tl.fma(x, sign, tl.gather(x, channel ^ 2**k, 0))
+    return x * 2.0 ** -(log2(BLOCK) // 2)
+
+
+@triton.jit
+def scaled(xs, factor):
+    """All elements times a number."""
+    out = ()
+    for k in tl.static_range(len(xs)):
+        out = out + (xs[k] * factor,)
+    return out
+
+
+@triton.jit
+def _largest(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def largest(xs):
+    """Of the magnitudes of tokens, [tokens, 1]; NaN where one is."""
+    peak = tl.abs(xs[0])
+    for k in tl.static_range(1, len(xs)):
+        peak = _largest(peak, tl.abs(xs[k]))
+    return tl.reduce(peak, 1, _largest, keep_dims=True)
+
+
+@triton.jit
+def range_of(xs):
+    """The least and the largest element of tokens, [tokens, 1], of those that are finite."""
+    low = tl.fma(xs[0], 0.0, xs[0])
+    high = low
+    for k in tl.static_range(1, len(xs)):
+        x = tl.fma(xs[k], 0.0, xs[k])
+        low, high = tl.minimum(low, x), tl.maximum(high, x)
+    low = tl.reduce(low, 1, tl.standard._elementwise_min, keep_dims=True)
+    return low, tl.reduce(high, 1, tl.standard._elementwise_max, keep_dims=True)
+
+
+@triton.jit
+def total(x):
+    """Of the lanes of tokens, [tokens, 1] float32, rounded once."""
+    return tl.sum(x, 1, keep_dims=True).to(tl.float32)
