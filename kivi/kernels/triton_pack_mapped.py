@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kivi.kernels import triton_token as token
 from kivi.kernels.triton_grids import round_to
 from kivi.kernels.triton_tile_pack import (
     insert,
@@ -18,7 +19,6 @@ from kivi.kernels.triton_tile_pack import (
     unpack_vector,
     words_of_bytes,
 )
-from kivi.kernels.triton_token import hadamard, hadamard_of_one, some
 from kivi.kernels.triton_token_grids import quantize_group
 from kivi.spec import PAGE_TOKENS, TILE_ROWS
 
@@ -98,6 +98,16 @@ def _load(source, LANES: tl.constexpr, VECTOR: tl.constexpr, PIECES: tl.constexp
 
 
 @triton.jit
+def _split_thirds(codes):
+    """Codes of 3 bits as their low two bits and their third."""
+    low, third = (), ()
+    for j in tl.static_range(len(codes)):
+        a, b = split_thirds(codes[j])
+        low, third = low + (a,), third + (b,)
+    return low, third
+
+
+@triton.jit
 def _store(
     words,  # of the page and head
     before,  # bytes of the half of a word before the last
@@ -120,17 +130,18 @@ def _store(
     for piece in tl.static_range(D // (LANES * VECTOR)):
         low = tl.zeros([ROWS, LANES, PAIRS], tl.int32)
         high = low
-        for k in tl.static_range(PAIRS):
-            j: tl.constexpr = piece * (VECTOR // 4) + k // 2
+        for pair in tl.static_range(PAIRS):
+            late = last[piece * (VECTOR // 4) + pair // 2]
             if PUT * WIDTH == 16:
-                one = words_of_bytes(before[j], last[j], k % 2 * 2)
-                two = words_of_bytes(before[j], last[j], k % 2 * 2 + 1)
+                early = before[piece * (VECTOR // 4) + pair // 2]
+                one = words_of_bytes(early, late, pair % 2 * 2)
+                two = words_of_bytes(early, late, pair % 2 * 2 + 1)
             else:
                 half = plane_weight(in_tile // (8 // WIDTH), 8)
-                one = words_of_bytes(last[j], 0, k % 2 * 2) * half
-                two = words_of_bytes(last[j], 0, k % 2 * 2 + 1) * half
-            low = tl.where(place == k, one[:, :, None], low)
-            high = tl.where(place == k, two[:, :, None], high)
+                one = words_of_bytes(late, 0, pair % 2 * 2) * half
+                two = words_of_bytes(late, 0, pair % 2 * 2 + 1) * half
+            low = tl.where(place == pair, one[:, :, None], low)
+            high = tl.where(place == pair, two[:, :, None], high)
         low = tl.reshape(low, [ROWS, LANES * PAIRS])
         high = tl.reshape(high, [ROWS, LANES * PAIRS])
         insert_pairs(at + piece * (LANES * PAIRS), low, high, in_tile, WIDTH, PUT)
@@ -212,30 +223,25 @@ def quantize_mapped(
     which = tl.load(page + run)
     if which == 0:  # the bin
         return
-    token = tl.load(first + run) + span * SPAN  # in its page
+    start = tl.load(first + run) + span * SPAN  # in its page
     place = which * heads + head
     x += run // n * x_row + run % n * x_run
     x += head.to(tl.int64) * x_head + span.to(tl.int64) * (SPAN * X_TOKEN)
     row = tl.arange(0, ROWS)[:, None]
-    meta = (place * PAGE + token + row) * GROUPS
+    meta = (place * PAGE + start + row) * GROUPS
     if smooth is not None:
         smooth += run // n * smooth_row + head.to(tl.int64) * smooth_head
-        factors = ()
-        divisors = _load(smooth + row * 0, LANES, VECTOR, PIECES)
-        for k in tl.static_range(D // LANES):
-            factors = factors + (tl.math.div_rn(1.0, divisors[k]),)
+        factors = token.inverses(_load(smooth + row * 0, LANES, VECTOR, PIECES))
     if valid is not None:
         valid += run * valid_run + head.to(tl.int64) * valid_head
         valid += span * SPAN * valid_token
     words += place * (BITS * ROWS * D)
-    plane = (token // ROWS).to(tl.int32)
-    none = ()
-    for _ in tl.static_range(D // (4 * LANES)):
-        none = none + (tl.zeros([ROWS, LANES], tl.int32),)
+    plane = (start // ROWS).to(tl.int32)
+    none = token.zeros(ROWS, LANES, D // (4 * LANES))
     before, thirds = none, none
     for part in tl.range(SPAN // (BYTE * ROWS)):
         packed = none
-        for _ in tl.range(BYTE // SHARED):
+        for _center in tl.range(BYTE // SHARED):
             if center is not None:
                 at = center + (place * (PAGE // (CENTERED * ROWS)) + plane // CENTERED) * D
                 if plane % CENTERED == 0:
@@ -243,37 +249,27 @@ def quantize_mapped(
                     channel = tl.arange(0, PADDED)
                     known = None if D == PADDED else channel < D
                     if smooth is not None:
-                        divisor = tl.load(smooth + channel, mask=known, other=1.0)
+                        divisor = tl.load(smooth + channel, mask=known)
                         means = tl.math.div_rn(means, divisor)
-                    means = round_to(hadamard_of_one(means, MAP), LIMIT, EPS, LEAST)
+                    means = round_to(token.hadamard_of_one(means, MAP), LIMIT, EPS, LEAST)
                     tl.store(at + channel, means.to(center.dtype.element_ty), mask=known)
                     tl.debug_barrier()
                 centers = _load(at + row * 0, LANES, VECTOR, PIECES)
-            for _ in tl.range(SHARED):
+            for _plane in tl.range(SHARED):
                 own = _load(x + row * X_TOKEN, LANES, VECTOR, PIECES)
                 x += ROWS * X_TOKEN
                 if smooth is not None:
-                    smoothed = ()
-                    for k in tl.static_range(D // LANES):
-                        smoothed = smoothed + (own[k] * factors[k],)
-                    own = smoothed
-                own = hadamard(own, MAP, LANES, VECTOR)
+                    own = token.times(own, factors)
+                own = token.hadamard(own, MAP, LANES, VECTOR)
                 if center is not None:
-                    rest = ()
-                    for k in tl.static_range(D // LANES):
-                        rest = rest + (own[k] - centers[k],)
-                    own = rest
+                    own = token.minus(own, centers)
                 if valid is not None:  # what takes no part is NaN
-                    counts = tl.load(valid + row * valid_token)
+                    own = token.only(own, tl.load(valid + row * valid_token))
                     valid += ROWS * valid_token
-                    known = ()
-                    for k in tl.static_range(D // LANES):
-                        known = known + (tl.where(counts, own[k], float("nan")),)
-                    own = known
                 codes = ()
                 for group in tl.static_range(GROUPS):
                     bytes, s, z = quantize_group(
-                        some(own, group * EACH, EACH),
+                        token.some(own, group * EACH, EACH),
                         BITS,
                         GRID,
                         CLIP,
@@ -291,17 +287,10 @@ def quantize_mapped(
                         tl.store(zero + meta + group, z.to(zero.dtype.element_ty))
                 meta += ROWS * GROUPS
                 weight = plane_weight(plane % (8 // WIDTH), WIDTH)
-                added, added_thirds = (), ()
-                for j in tl.static_range(D // (4 * LANES)):
-                    code = codes[j]
-                    if BITS == 3:
-                        code, third = split_thirds(code)
-                        third = thirds[j] + third * plane_weight(plane % 8, 1)
-                        added_thirds = added_thirds + (third,)
-                    added = added + (packed[j] + code * weight,)
-                packed = added
                 if BITS == 3:
-                    thirds = added_thirds
+                    codes, third = _split_thirds(codes)
+                    thirds = token.plus_scaled(thirds, third, plane_weight(plane % 8, 1))
+                packed = token.plus_scaled(packed, codes, weight)
                 plane += 1
         if (part + 1) % (PUT // BYTE) == 0:
             _store(words, before, packed, plane - PUT, D, WIDTH, PUT, LANES, VECTOR)

@@ -79,6 +79,60 @@ def scaled(xs, factor):
 
 
 @triton.jit
+def times(xs, ys):
+    """Products of elements."""
+    out = ()
+    for k in tl.static_range(len(xs)):
+        out = out + (xs[k] * ys[k],)
+    return out
+
+
+@triton.jit
+def minus(xs, ys):
+    """Differences of elements."""
+    out = ()
+    for k in tl.static_range(len(xs)):
+        out = out + (xs[k] - ys[k],)
+    return out
+
+
+@triton.jit
+def inverses(xs):
+    """Reciprocals of elements."""
+    out = ()
+    for k in tl.static_range(len(xs)):
+        out = out + (tl.math.div_rn(1.0, xs[k]),)
+    return out
+
+
+@triton.jit
+def only(xs, mask):
+    """Tokens of a mask [tokens, 1], NaN for others."""
+    out = ()
+    for k in tl.static_range(len(xs)):
+        out = out + (tl.where(mask, xs[k], float("nan")),)
+    return out
+
+
+@triton.jit
+def zeros(TOKENS: tl.constexpr, LANES: tl.constexpr, COUNT: tl.constexpr):
+    """A tuple of int32 zeros."""
+    out = ()
+    for _ in tl.static_range(COUNT):
+        out = out + (tl.zeros([TOKENS, LANES], tl.int32),)
+    return out
+
+
+@triton.jit
+def plus_scaled(xs, ys, weight):
+    """`xs + ys * weight`."""
+    out = ()
+    for k in tl.static_range(len(xs)):
+        out = out + (xs[k] + ys[k] * weight,)
+    return out
+
+
+@triton.jit
 def _largest(a, b):
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
