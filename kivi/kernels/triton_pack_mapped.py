@@ -16,7 +16,6 @@ from kivi.kernels.triton_tile_pack import (
     insert_pairs,
     plane_weight,
     split_thirds,
-    unpack_vector,
     words_of_bytes,
 )
 from kivi.kernels.triton_token_grids import quantize_group
@@ -24,77 +23,6 @@ from kivi.spec import PAGE_TOKENS, TILE_ROWS
 
 PAGE = tl.constexpr(PAGE_TOKENS)
 ROWS = tl.constexpr(TILE_ROWS)
-
-
-@triton.jit
-def _plane_sums(
-    source,  # of the first token
-    valid,
-    X_TOKEN: tl.constexpr,
-    valid_token,
-    D: tl.constexpr,
-    PADDED: tl.constexpr,
-    PLANES: tl.constexpr,
-    CHECKED: tl.constexpr,
-):
-    """Sums over the tokens of planes, over their number, and how many counted if CHECKED."""
-    row, channel = tl.arange(0, ROWS)[:, None], tl.arange(0, PADDED)[None, :]
-    inside = None if PADDED == D else channel < D
-    sums = tl.zeros([ROWS, PADDED], tl.float32)
-    count = tl.zeros([ROWS, PADDED], tl.int32)
-    for _ in tl.range(PLANES):
-        mask = inside
-        if valid is not None:
-            mask = tl.load(valid + row * valid_token)
-            mask = mask if inside is None else inside & mask
-            valid += ROWS * valid_token
-        x = tl.load(source + row * X_TOKEN + channel, mask=mask, other=None if mask is None else 0)
-        x = x.to(tl.float32)
-        if CHECKED:
-            finite = x * 0.0 == 0.0
-            x = tl.where(finite, x, 0.0)
-            counts = finite if mask is None else finite & mask
-            count += counts.to(tl.int32)
-        sums = tl.fma(x, 1.0 / (PLANES * ROWS), sums)  # a power of two: only the sum is rounded
-        source += ROWS * X_TOKEN
-    for k in tl.static_range(5):
-        sums = tl.sum(tl.reshape(sums, [2, ROWS // 2 ** (k + 1), PADDED]), 0)
-    return tl.reshape(sums, [PADDED]), tl.sum(count, 0)
-
-
-@triton.jit
-def _means(
-    source,
-    valid,
-    X_TOKEN: tl.constexpr,
-    valid_token,
-    D: tl.constexpr,
-    PADDED: tl.constexpr,
-    PLANES: tl.constexpr,
-):
-    """`grids.mean`, [channels]; looks at every element only where one is not finite."""
-    MASKED: tl.constexpr = valid is not None
-    means, count = _plane_sums(source, valid, X_TOKEN, valid_token, D, PADDED, PLANES, MASKED)
-    if MASKED:
-        means *= tl.math.div_rn(PLANES * ROWS * 1.0, tl.maximum(count, 1).to(tl.float32))
-    else:
-        if tl.max(tl.where(means * 0.0 == 0.0, 0, 1), 0) > 0:
-            means, count = _plane_sums(source, valid, X_TOKEN, valid_token, D, PADDED, PLANES, True)
-            means *= tl.math.div_rn(PLANES * ROWS * 1.0, tl.maximum(count, 1).to(tl.float32))
-    return means
-
-
-@triton.jit
-def _load(source, LANES: tl.constexpr, VECTOR: tl.constexpr, PIECES: tl.constexpr):
-    """Tokens in registers, of pointers [tokens, 1] to their first channels."""
-    i = tl.arange(0, LANES * VECTOR)[None, :]
-    # Tells the compiler how many neighbours to give a thread.
-    i = i // VECTOR * VECTOR + i % VECTOR
-    out = ()
-    for piece in tl.static_range(PIECES):
-        x = tl.load(source + piece * (LANES * VECTOR) + i)
-        out = out + unpack_vector(x, LANES, VECTOR)
-    return out
 
 
 @triton.jit
@@ -166,6 +94,58 @@ def _store_thirds(
         insert(halves + (row * D + channel) * 2, byte, None, plane % 8, 1, PUT)
 
 
+@triton.jit
+def _planes(
+    sources,  # x, valid, factors, centers: of the first token
+    targets,  # packed, thirds, scale, zero, meta, plane
+    valid_token,
+    X_TOKEN: tl.constexpr,
+    FORMAT: tl.constexpr,
+    MAP: tl.constexpr,
+    D: tl.constexpr,
+    PLANES: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+    CHECKED: tl.constexpr,
+):
+    """Add the codes of planes to bytes of words; 1 where a token's scale is not finite."""
+    BITS: tl.constexpr = FORMAT[0]
+    G: tl.constexpr = FORMAT[2]
+    WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
+    EACH: tl.constexpr = G // LANES  # channels of a thread in a group
+    x, valid, factors, centers = sources
+    packed, thirds, scale, zero, meta, plane = targets
+    row = tl.arange(0, ROWS)[:, None]
+    bad = tl.zeros([ROWS, 1], tl.int32)
+    for _ in tl.range(PLANES):
+        own = token.load(x + row * X_TOKEN, LANES, VECTOR, D // (LANES * VECTOR))
+        x += ROWS * X_TOKEN
+        if len(factors) > 0:
+            own = token.times(own, factors)
+        own = token.hadamard(own, MAP, LANES, VECTOR)
+        if len(centers) > 0:
+            own = token.minus(own, centers)
+        if valid is not None:  # what takes no part is NaN
+            own = token.only(own, tl.load(valid + row * valid_token))
+            valid += ROWS * valid_token
+        codes = ()
+        for group in tl.static_range(D // G):
+            own_group = token.some(own, group * EACH, EACH)
+            bytes, s, z = quantize_group(own_group, CHECKED, FORMAT)
+            codes = codes + bytes
+            bad |= tl.where(s * 0.0 == 0.0, 0, 1)
+            tl.store(scale + meta + group, s.to(scale.dtype.element_ty))
+            if zero is not None:
+                tl.store(zero + meta + group, z.to(zero.dtype.element_ty))
+        meta += ROWS * (D // G)
+        if BITS == 3:
+            codes, third = _split_thirds(codes)
+            thirds = token.plus_scaled(thirds, third, plane_weight(plane % 8, 1))
+        packed = token.plus_scaled(packed, codes, plane_weight(plane % (8 // WIDTH), WIDTH))
+        plane += 1
+    return packed, thirds, bad
+
+
 @triton.jit(do_not_specialize=["n"])
 def quantize_mapped(
     words,  # [pages, heads, BITS, 32, D] int16
@@ -188,33 +168,28 @@ def quantize_mapped(
     valid_head,
     valid_token,
     X_TOKEN: tl.constexpr,
-    BITS: tl.constexpr,
-    GRID: tl.constexpr,
-    CLIP: tl.constexpr,
+    FORMAT: tl.constexpr,  # see `triton_token_grids.quantize_group`
     MAP: tl.constexpr,  # channels that the Hadamard map mixes, 1: none
-    G: tl.constexpr,
     U: tl.constexpr,
     D: tl.constexpr,
     PADDED: tl.constexpr,  # D, up to a power of two
-    OFFSET: tl.constexpr,  # of a grid without zeros
-    START: tl.constexpr,  # its first step, over the largest element or the standard deviation
-    LIMIT: tl.constexpr,  # of the metadata's dtype
-    EPS: tl.constexpr,
-    LEAST: tl.constexpr,
     CENTERED: tl.constexpr,  # planes that share a center
     PUT: tl.constexpr,  # planes of a run in one tile
     LANES: tl.constexpr,  # see triton_token.py
     VECTOR: tl.constexpr,
-    FAST: tl.constexpr,  # NVIDIA's assembly
 ):
     """Map and quantize tokens and put their codes, scales, zeros and centers into their page."""
+    BITS: tl.constexpr = FORMAT[0]
+    GROUPS: tl.constexpr = D // FORMAT[2]
+    LIMIT: tl.constexpr = FORMAT[6]
+    EPS: tl.constexpr = FORMAT[7]
+    LEAST: tl.constexpr = FORMAT[8]
     WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
     PIECES: tl.constexpr = D // (LANES * VECTOR)
-    GROUPS: tl.constexpr = D // G
-    EACH: tl.constexpr = G // LANES  # channels of a thread in a group
     BYTE: tl.constexpr = min(PUT, 8 // WIDTH)  # planes in a byte of a word
     SHARED: tl.constexpr = min(CENTERED, BYTE)
     SPAN: tl.constexpr = ROWS * max(CENTERED, PUT)  # tokens of a program
+    QUICK: tl.constexpr = FORMAT[1] == "unbiased" and BITS <= 3 and valid is None
 
     number = tl.program_id(0)
     span = number % (U // SPAN)
@@ -229,9 +204,10 @@ def quantize_mapped(
     x += head.to(tl.int64) * x_head + span.to(tl.int64) * (SPAN * X_TOKEN)
     row = tl.arange(0, ROWS)[:, None]
     meta = (place * PAGE + start + row) * GROUPS
+    factors = ()
     if smooth is not None:
         smooth += run // n * smooth_row + head.to(tl.int64) * smooth_head
-        factors = token.inverses(_load(smooth + row * 0, LANES, VECTOR, PIECES))
+        factors = token.inverses(token.load(smooth + row * 0, LANES, VECTOR, PIECES))
     if valid is not None:
         valid += run * valid_run + head.to(tl.int64) * valid_head
         valid += span * SPAN * valid_token
@@ -241,11 +217,12 @@ def quantize_mapped(
     before, thirds = none, none
     for part in tl.range(SPAN // (BYTE * ROWS)):
         packed = none
-        for _center in tl.range(BYTE // SHARED):
+        for _ in tl.range(BYTE // SHARED):
+            centers = ()
             if center is not None:
                 at = center + (place * (PAGE // (CENTERED * ROWS)) + plane // CENTERED) * D
                 if plane % CENTERED == 0:
-                    means = _means(x, valid, X_TOKEN, valid_token, D, PADDED, CENTERED)
+                    means = token.means(x, valid, X_TOKEN, valid_token, D, PADDED, CENTERED)
                     channel = tl.arange(0, PADDED)
                     known = None if D == PADDED else channel < D
                     if smooth is not None:
@@ -254,44 +231,44 @@ def quantize_mapped(
                     means = round_to(token.hadamard_of_one(means, MAP), LIMIT, EPS, LEAST)
                     tl.store(at + channel, means.to(center.dtype.element_ty), mask=known)
                     tl.debug_barrier()
-                centers = _load(at + row * 0, LANES, VECTOR, PIECES)
-            for _plane in tl.range(SHARED):
-                own = _load(x + row * X_TOKEN, LANES, VECTOR, PIECES)
-                x += ROWS * X_TOKEN
-                if smooth is not None:
-                    own = token.times(own, factors)
-                own = token.hadamard(own, MAP, LANES, VECTOR)
-                if center is not None:
-                    own = token.minus(own, centers)
-                if valid is not None:  # what takes no part is NaN
-                    own = token.only(own, tl.load(valid + row * valid_token))
-                    valid += ROWS * valid_token
-                codes = ()
-                for group in tl.static_range(GROUPS):
-                    bytes, s, z = quantize_group(
-                        token.some(own, group * EACH, EACH),
-                        BITS,
-                        GRID,
-                        CLIP,
-                        START,
-                        OFFSET,
-                        G,
-                        LIMIT,
-                        EPS,
-                        LEAST,
-                        FAST,
+                centers = token.load(at + row * 0, LANES, VECTOR, PIECES)
+            sources = (x, valid, factors, centers)
+            targets = (packed, thirds, scale, zero, meta, plane)
+            new, new_thirds, bad = _planes(
+                sources,
+                targets,
+                valid_token,
+                X_TOKEN,
+                FORMAT,
+                MAP,
+                D,
+                SHARED,
+                LANES,
+                VECTOR,
+                not QUICK,
+            )
+            # Elements are looked at for what is not finite only where one is not.
+            if QUICK:  # noqa: SIM102
+                if tl.max(tl.max(bad, 1), 0) > 0:
+                    new, new_thirds, bad = _planes(
+                        sources,
+                        targets,
+                        valid_token,
+                        X_TOKEN,
+                        FORMAT,
+                        MAP,
+                        D,
+                        SHARED,
+                        LANES,
+                        VECTOR,
+                        True,
                     )
-                    codes = codes + bytes
-                    tl.store(scale + meta + group, s.to(scale.dtype.element_ty))
-                    if zero is not None:
-                        tl.store(zero + meta + group, z.to(zero.dtype.element_ty))
-                meta += ROWS * GROUPS
-                weight = plane_weight(plane % (8 // WIDTH), WIDTH)
-                if BITS == 3:
-                    codes, third = _split_thirds(codes)
-                    thirds = token.plus_scaled(thirds, third, plane_weight(plane % 8, 1))
-                packed = token.plus_scaled(packed, codes, weight)
-                plane += 1
+            packed, thirds = new, new_thirds
+            x += SHARED * ROWS * X_TOKEN
+            meta += SHARED * ROWS * GROUPS
+            if valid is not None:
+                valid += SHARED * ROWS * valid_token
+            plane += SHARED
         if (part + 1) % (PUT // BYTE) == 0:
             _store(words, before, packed, plane - PUT, D, WIDTH, PUT, LANES, VECTOR)
             if BITS == 3:

@@ -31,25 +31,18 @@ def _constants(
     elif spec.grid == "unbiased":
         start = STEP[bits] if bits in STEP else COVER[bits] * 2 / top
     put = min(unit, WORD_BITS // widths(spec.bits)[0] * TILE_ROWS) // TILE_ROWS
+    least = max(info.smallest_normal * info.eps, torch.finfo(torch.float32).smallest_normal)
+    offset, of_dtype = zero_code(bits, spec.grid), (info.max, info.eps, least)
     return {
-        "BITS": bits,
-        "GRID": spec.grid,
-        "CLIP": spec.clip,
+        "FORMAT": (bits, spec.grid, group, spec.clip, start, offset, *of_dtype, fast),
         "MAP": spec.block(d),
-        "G": group,
         "U": unit,
         "D": d,
         "PADDED": triton.next_power_of_2(d),
-        "OFFSET": zero_code(bits, spec.grid),
-        "START": start,
-        "LIMIT": info.max,
-        "EPS": info.eps,
-        "LEAST": max(info.smallest_normal * info.eps, torch.finfo(torch.float32).smallest_normal),
         "CENTERED": spec.center // TILE_ROWS if spec.center else put,
         "PUT": put,
         "LANES": lanes(d),
         "VECTOR": VECTOR,
-        "FAST": fast,
         "num_warps": min(16, lanes(d)),
     }
 

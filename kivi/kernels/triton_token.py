@@ -10,6 +10,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kivi.kernels.triton_tile_pack import unpack_vector
+from kivi.spec import TILE_ROWS
+
+ROWS = tl.constexpr(TILE_ROWS)
+
 
 @triton.constexpr_function
 def log2(n):
@@ -162,3 +167,74 @@ def range_of(xs):
 def total(x):
     """Of the lanes of tokens, [tokens, 1] float32, rounded once."""
     return tl.sum(x, 1, keep_dims=True).to(tl.float32)
+
+
+@triton.jit
+def _plane_sums(
+    source,  # of the first token
+    valid,
+    X_TOKEN: tl.constexpr,
+    valid_token,
+    D: tl.constexpr,
+    PADDED: tl.constexpr,
+    PLANES: tl.constexpr,
+    CHECKED: tl.constexpr,
+):
+    """Sums over the tokens of planes, over their number, and how many counted if CHECKED."""
+    row, channel = tl.arange(0, ROWS)[:, None], tl.arange(0, PADDED)[None, :]
+    inside = None if PADDED == D else channel < D
+    sums = tl.zeros([ROWS, PADDED], tl.float32)
+    count = tl.zeros([ROWS, PADDED], tl.int32)
+    for _ in tl.range(PLANES):
+        mask = inside
+        if valid is not None:
+            mask = tl.load(valid + row * valid_token)
+            mask = mask if inside is None else inside & mask
+            valid += ROWS * valid_token
+        x = tl.load(source + row * X_TOKEN + channel, mask=mask, other=None if mask is None else 0)
+        x = x.to(tl.float32)
+        if CHECKED:
+            finite = x * 0.0 == 0.0
+            x = tl.where(finite, x, 0.0)
+            counts = finite if mask is None else finite & mask
+            count += counts.to(tl.int32)
+        sums = tl.fma(x, 1.0 / (PLANES * ROWS), sums)  # a power of two: only the sum is rounded
+        source += ROWS * X_TOKEN
+    for k in tl.static_range(5):
+        sums = tl.sum(tl.reshape(sums, [2, ROWS // 2 ** (k + 1), PADDED]), 0)
+    return tl.reshape(sums, [PADDED]), tl.sum(count, 0)
+
+
+@triton.jit
+def means(
+    source,
+    valid,
+    X_TOKEN: tl.constexpr,
+    valid_token,
+    D: tl.constexpr,
+    PADDED: tl.constexpr,
+    PLANES: tl.constexpr,
+):
+    """`grids.mean`, [channels]; looks at every element only where one is not finite."""
+    MASKED: tl.constexpr = valid is not None
+    sums, count = _plane_sums(source, valid, X_TOKEN, valid_token, D, PADDED, PLANES, MASKED)
+    if MASKED:
+        sums *= tl.math.div_rn(PLANES * ROWS * 1.0, tl.maximum(count, 1).to(tl.float32))
+    else:
+        if tl.max(tl.where(sums * 0.0 == 0.0, 0, 1), 0) > 0:
+            sums, count = _plane_sums(source, valid, X_TOKEN, valid_token, D, PADDED, PLANES, True)
+            sums *= tl.math.div_rn(PLANES * ROWS * 1.0, tl.maximum(count, 1).to(tl.float32))
+    return sums
+
+
+@triton.jit
+def load(source, LANES: tl.constexpr, VECTOR: tl.constexpr, PIECES: tl.constexpr):
+    """Tokens in registers, of pointers [tokens, 1] to their first channels."""
+    i = tl.arange(0, LANES * VECTOR)[None, :]
+    # Tells the compiler how many neighbours to give a thread.
+    i = i // VECTOR * VECTOR + i % VECTOR
+    out = ()
+    for piece in tl.static_range(PIECES):
+        x = tl.load(source + piece * (LANES * VECTOR) + i)
+        out = out + unpack_vector(x, LANES, VECTOR)
+    return out

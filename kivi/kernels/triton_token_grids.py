@@ -48,7 +48,6 @@ def _finite(xs):
 @triton.jit
 def _few_levels(
     xs,
-    peak,
     CHECKED: tl.constexpr,
     BITS: tl.constexpr,
     START: tl.constexpr,
@@ -62,9 +61,10 @@ def _few_levels(
     INNER: tl.constexpr = 2 ** (BITS - 1)
     QUADS: tl.constexpr = len(xs) // 4
     EACH: tl.constexpr = 16843009  # 1 in every byte
-    known, count = xs, G
     if CHECKED:
         known, count, peak = _finite(xs)
+    else:
+        known, count, peak = xs, G, largest(xs)
     part, inverse = _parts(peak, FEW)
     size, signs = (), ()
     square = tl.zeros(xs[0].shape, tl.int32)
@@ -121,7 +121,10 @@ def _few_levels(
                 outer = tl.where(xs[4 * j + k] * 0.0 == 0.0, 0, (INNER - 1) * 256**k)
                 code += outer
         codes = codes + (code ^ (signs[j] & ((2**BITS - 1) * EACH)),)
-    return codes, store_scale(ratio * (2.0 * part), peak, LIMIT, EPS, LEAST)
+    scale = store_scale(ratio * (2.0 * part), peak, LIMIT, EPS, LEAST)
+    if not CHECKED:
+        scale = tl.where(peak * 0.0 == 0.0, scale, peak)
+    return codes, scale
 
 
 @triton.jit
@@ -171,27 +174,30 @@ def _many_levels(
 @triton.jit
 def quantize_group(
     xs,
-    BITS: tl.constexpr,
-    GRID: tl.constexpr,
-    CLIP: tl.constexpr,
-    START: tl.constexpr,
-    OFFSET: tl.constexpr,
-    G: tl.constexpr,
-    LIMIT: tl.constexpr,
-    EPS: tl.constexpr,
-    LEAST: tl.constexpr,
-    FAST: tl.constexpr,
+    CHECKED: tl.constexpr,
+    FORMAT: tl.constexpr,  # see below
 ):
-    """Bytes of codes, and the scale and zero that are stored, [tokens, 1]."""
+    """Bytes of codes, and the scale and zero that are stored, [tokens, 1].
+
+    Where not CHECKED, a scale that is not finite tells that an element is not. FORMAT: bits; grid;
+    group size; the clip; the first step, over the largest element or the standard deviation; the
+    code that stands for 0 where no zero is stored; of the metadata's dtype the largest value, the
+    step above 1 and the least scale; whether there is NVIDIA's assembly.
+    """
+    BITS: tl.constexpr = FORMAT[0]
+    GRID: tl.constexpr = FORMAT[1]
+    G: tl.constexpr = FORMAT[2]
+    CLIP: tl.constexpr = FORMAT[3]
+    START: tl.constexpr = FORMAT[4]
+    OFFSET: tl.constexpr = FORMAT[5]
+    LIMIT: tl.constexpr = FORMAT[6]
+    EPS: tl.constexpr = FORMAT[7]
+    LEAST: tl.constexpr = FORMAT[8]
+    FAST: tl.constexpr = FORMAT[9]
     TOP: tl.constexpr = 2**BITS - 1
     zero = tl.zeros([xs[0].shape[0], 1], tl.float32)
     if GRID == "unbiased" and BITS <= 3:
-        peak = largest(xs)
-        # Elements are looked at for what is not finite only where the largest is not.
-        if tl.max(tl.max(tl.where(peak * 0.0 == 0.0, 0, 1), 1), 0) > 0:
-            bytes, scale = _few_levels(xs, peak, True, BITS, START, G, LIMIT, EPS, LEAST, FAST)
-        else:
-            bytes, scale = _few_levels(xs, peak, False, BITS, START, G, LIMIT, EPS, LEAST, FAST)
+        bytes, scale = _few_levels(xs, CHECKED, BITS, START, G, LIMIT, EPS, LEAST, FAST)
     else:
         if GRID == "unbiased":
             codes, scale = _many_levels(xs, BITS, START, LIMIT, EPS, LEAST)
