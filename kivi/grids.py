@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kivi.spec import TILE_ROWS, Grid
+from kivi.spec import Grid
 
 
 def metadata_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -101,16 +101,19 @@ def norm(x: Tensor, valid: Tensor, dtype: torch.dtype) -> Tensor:
     return _store_scale(total(parts * parts).sqrt() * part, peak, dtype)
 
 
+MEAN_STEP = 8
+
+
 def mean(x: Tensor, valid: Tensor) -> Tensor:
     """Means over tokens, `[..., 1, D]`, of `x [..., C, D]` float32; C a power of two.
 
-    Sums have a fixed order: planes of 32 tokens one after the other, then halves.
+    Sums have a fixed order: steps of 8 tokens one after the other, then halves.
     """
     finite = valid & x.isfinite()
-    planes = (torch.where(finite, x, 0.0) / x.shape[-2]).split(TILE_ROWS, -2)
-    sums = planes[0]
-    for plane in planes[1:]:
-        sums = sums + plane
+    steps = (torch.where(finite, x, 0.0) / x.shape[-2]).split(MEAN_STEP, -2)
+    sums = steps[0]
+    for step in steps[1:]:
+        sums = sums + step
     while sums.shape[-2] > 1:
         low, high = sums.chunk(2, -2)
         sums = low + high

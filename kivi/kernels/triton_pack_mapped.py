@@ -12,11 +12,12 @@ import triton.language as tl
 from kivi.kernels import triton_token as token
 from kivi.kernels.triton_grids import round_to
 from kivi.kernels.triton_tile_pack import (
+    byte_of,
     insert,
     insert_pairs,
+    pair_of_bytes,
     plane_weight,
     split_thirds,
-    words_of_bytes,
 )
 from kivi.kernels.triton_token_grids import quantize_group
 from kivi.spec import PAGE_TOKENS, TILE_ROWS
@@ -45,34 +46,26 @@ def _store(
     WIDTH: tl.constexpr,
     PUT: tl.constexpr,
     LANES: tl.constexpr,
-    VECTOR: tl.constexpr,
 ):
     """Put planes into the words of a tile; the others stay."""
-    PAIRS: tl.constexpr = VECTOR // 2
     in_tile = plane % (16 // WIDTH)
     words += plane // (16 // WIDTH) * (ROWS * D)
-    i = tl.arange(0, LANES * PAIRS)[None, :]
+    i = tl.arange(0, LANES * 4)[None, :]
     at = words.to(tl.pointer_type(tl.int32), bitcast=True) + tl.arange(0, ROWS)[:, None] * (D // 2)
-    at += i // PAIRS * PAIRS + i % PAIRS
-    place = tl.arange(0, PAIRS)[None, None, :]
-    for piece in tl.static_range(D // (LANES * VECTOR)):
-        low = tl.zeros([ROWS, LANES, PAIRS], tl.int32)
-        high = low
-        for pair in tl.static_range(PAIRS):
-            late = last[piece * (VECTOR // 4) + pair // 2]
+    at += i // 4 * 4 + i % 4
+    for piece in tl.static_range(D // (LANES * 8)):
+        pairs = ()
+        for k in tl.static_range(4):
+            late = last[piece * 2 + k // 2]
             if PUT * WIDTH == 16:
-                early = before[piece * (VECTOR // 4) + pair // 2]
-                one = words_of_bytes(early, late, pair % 2 * 2)
-                two = words_of_bytes(early, late, pair % 2 * 2 + 1)
-            else:
+                pairs = pairs + (pair_of_bytes(before[piece * 2 + k // 2], late, k % 2 * 2),)
+            else:  # one half
                 half = plane_weight(in_tile // (8 // WIDTH), 8)
-                one = words_of_bytes(late, 0, pair % 2 * 2) * half
-                two = words_of_bytes(late, 0, pair % 2 * 2 + 1) * half
-            low = tl.where(place == pair, one[:, :, None], low)
-            high = tl.where(place == pair, two[:, :, None], high)
-        low = tl.reshape(low, [ROWS, LANES * PAIRS])
-        high = tl.reshape(high, [ROWS, LANES * PAIRS])
-        insert_pairs(at + piece * (LANES * PAIRS), low, high, in_tile, WIDTH, PUT)
+                pairs = pairs + (pair_of_bytes(late, 0, k % 2 * 2) * half,)
+        # What a thread has stays in it.
+        four = tl.join(tl.join(pairs[0], pairs[2]), tl.join(pairs[1], pairs[3]))
+        four = tl.reshape(four, [ROWS, LANES * 4])
+        insert_pairs(at + piece * (LANES * 4), four, in_tile, WIDTH, PUT)
 
 
 @triton.jit
@@ -90,7 +83,7 @@ def _store_thirds(
     row, lane = tl.arange(0, ROWS)[:, None], tl.arange(0, LANES)[None, :]
     for k in tl.static_range(D // LANES):
         channel = (k // VECTOR * LANES + lane) * VECTOR + k % VECTOR
-        byte = words_of_bytes(thirds[k // 4], 0, k % 4)
+        byte = byte_of(thirds[k // 4], k % 4)
         insert(halves + (row * D + channel) * 2, byte, None, plane % 8, 1, PUT)
 
 
@@ -146,7 +139,7 @@ def _planes(
     return packed, thirds, bad
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit(do_not_specialize=["n", "nothing"])
 def quantize_mapped(
     words,  # [pages, heads, BITS, 32, D] int16
     scale,  # [pages, heads, 512, D / G]
@@ -167,6 +160,7 @@ def quantize_mapped(
     valid_run,
     valid_head,
     valid_token,
+    nothing,  # 0, unknown to the compiler: all tokens are loaded in one layout
     X_TOKEN: tl.constexpr,
     FORMAT: tl.constexpr,  # see `triton_token_grids.quantize_group`
     MAP: tl.constexpr,  # channels that the Hadamard map mixes, 1: none
@@ -207,7 +201,7 @@ def quantize_mapped(
     factors = ()
     if smooth is not None:
         smooth += run // n * smooth_row + head.to(tl.int64) * smooth_head
-        factors = token.inverses(token.load(smooth + row * 0, LANES, VECTOR, PIECES))
+        factors = token.inverses(token.load(smooth + row * (16 * nothing), LANES, VECTOR, PIECES))
     if valid is not None:
         valid += run * valid_run + head.to(tl.int64) * valid_head
         valid += span * SPAN * valid_token
@@ -222,7 +216,10 @@ def quantize_mapped(
             if center is not None:
                 at = center + (place * (PAGE // (CENTERED * ROWS)) + plane // CENTERED) * D
                 if plane % CENTERED == 0:
-                    means = token.means(x, valid, X_TOKEN, valid_token, D, PADDED, CENTERED)
+                    means = token.means(
+                        *(x, valid, X_TOKEN, valid_token),
+                        *(D, LANES, VECTOR, PADDED, CENTERED * ROWS),
+                    )
                     channel = tl.arange(0, PADDED)
                     known = None if D == PADDED else channel < D
                     if smooth is not None:
@@ -231,7 +228,7 @@ def quantize_mapped(
                     means = round_to(token.hadamard_of_one(means, MAP), LIMIT, EPS, LEAST)
                     tl.store(at + channel, means.to(center.dtype.element_ty), mask=known)
                     tl.debug_barrier()
-                centers = token.load(at + row * 0, LANES, VECTOR, PIECES)
+                centers = token.load(at + row * (16 * nothing), LANES, VECTOR, PIECES)
             sources = (x, valid, factors, centers)
             targets = (packed, thirds, scale, zero, meta, plane)
             new, new_thirds, bad = _planes(
@@ -270,7 +267,7 @@ def quantize_mapped(
                 valid += SHARED * ROWS * valid_token
             plane += SHARED
         if (part + 1) % (PUT // BYTE) == 0:
-            _store(words, before, packed, plane - PUT, D, WIDTH, PUT, LANES, VECTOR)
+            _store(words, before, packed, plane - PUT, D, WIDTH, PUT, LANES)
             if BITS == 3:
                 _store_thirds(words + 2 * ROWS * D, thirds, plane - PUT, D, PUT, LANES, VECTOR)
         before = packed

@@ -80,7 +80,7 @@ def _op(
     tensors = (words, scale, zero, center, x, smooth, page, first, valid)
     with torch.cuda.device_of(x):
         quantize_mapped[(page.numel() * heads * (unit // span),)](
-            *tensors, heads, n, *strides[:3], *of_smooth, *of_valid, strides[3], **constants
+            *tensors, heads, n, *strides[:3], *of_smooth, *of_valid, 0, strides[3], **constants
         )
 
 

@@ -34,9 +34,8 @@ def insert_thirds(pointers, words, mask, plane, PLANES: tl.constexpr):
 
 
 @triton.jit
-def insert_pairs(pointers, low, high, plane, WIDTH: tl.constexpr, PLANES: tl.constexpr):
-    """`insert` of words two by two, `low` and `high` 16 bits of each int32."""
-    words = (low & 65535) | (high << 16)
+def insert_pairs(pointers, words, plane, WIDTH: tl.constexpr, PLANES: tl.constexpr):
+    """`insert` of words two by two."""
     if PLANES * WIDTH < 16:
         planes = plane_weight(plane, WIDTH) * (2 ** (PLANES * WIDTH) - 1)
         words = words | (tl.load(pointers) & ~(planes * 65537))
@@ -86,9 +85,16 @@ def dot_bytes(x, y, total, FAST: tl.constexpr):
 
 
 @triton.jit
-def words_of_bytes(low, high, k: tl.constexpr):
-    """The k-th word of four: its halves are the k-th bytes."""
-    return ((low >> (8 * k)) & 255) | (((high >> (8 * k)) & 255) << 8)
+def byte_of(x, k: tl.constexpr):
+    """The k-th byte."""
+    return (x >> (8 * k)) & 255
+
+
+@triton.jit
+def pair_of_bytes(low, high, k: tl.constexpr):
+    """The k-th and the next word of four, whose low and high halves are such bytes."""
+    first = byte_of(low, k) | (byte_of(high, k) << 8)
+    return first | (byte_of(low, k + 1) << 16) | (byte_of(high, k + 1) << 24)
 
 
 @triton.jit

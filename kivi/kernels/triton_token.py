@@ -10,10 +10,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kivi.grids import MEAN_STEP
 from kivi.kernels.triton_tile_pack import unpack_vector
-from kivi.spec import TILE_ROWS
 
-ROWS = tl.constexpr(TILE_ROWS)
+STEP = tl.constexpr(MEAN_STEP)
 
 
 @triton.constexpr_function
@@ -32,18 +32,18 @@ def some(xs, START: tl.constexpr, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _butterfly(xs, STEP: tl.constexpr):
+def _butterfly(xs, APART: tl.constexpr):
     out = ()
     for k in tl.static_range(len(xs)):
-        out = out + ((xs[k - STEP] - xs[k]) if k & STEP else (xs[k] + xs[k + STEP]),)
+        out = out + ((xs[k - APART] - xs[k]) if k & APART else (xs[k] + xs[k + APART]),)
     return out
 
 
 @triton.jit
-def _butterfly_of_lanes(xs, LANES: tl.constexpr, STEP: tl.constexpr):
+def _butterfly_of_lanes(xs, LANES: tl.constexpr, APART: tl.constexpr):
     lane = tl.arange(0, LANES)[None, :]
-    sign = tl.broadcast_to(tl.where((lane & STEP) == 0, 1.0, -1.0), xs[0].shape)
-    other = tl.broadcast_to(lane ^ STEP, xs[0].shape)
+    sign = tl.broadcast_to(tl.where((lane & APART) == 0, 1.0, -1.0), xs[0].shape)
+    other = tl.broadcast_to(lane ^ APART, xs[0].shape)
     out = ()
     for k in tl.static_range(len(xs)):
         out = out + (tl.fma(xs[k], sign, tl.gather(xs[k], other, 1)),)
@@ -170,39 +170,45 @@ def total(x):
 
 
 @triton.jit
-def _plane_sums(
+def _sums(
     source,  # of the first token
     valid,
     X_TOKEN: tl.constexpr,
     valid_token,
     D: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
     PADDED: tl.constexpr,
-    PLANES: tl.constexpr,
+    TOKENS: tl.constexpr,
     CHECKED: tl.constexpr,
 ):
-    """Sums over the tokens of planes, over their number, and how many counted if CHECKED."""
-    row, channel = tl.arange(0, ROWS)[:, None], tl.arange(0, PADDED)[None, :]
+    """Sums of tokens over their number, and how many counted if CHECKED, [pieces, channels]."""
+    WIDTH: tl.constexpr = LANES * VECTOR
+    # In this order, so that no warp must wait for what another one has of a channel.
+    row = tl.arange(0, STEP)[:, None, None]
+    i = tl.arange(0, WIDTH)[None, None, :]
+    channel = tl.arange(0, PADDED // WIDTH)[None, :, None] * WIDTH + i // VECTOR * VECTOR
+    channel += i % VECTOR
     inside = None if PADDED == D else channel < D
-    sums = tl.zeros([ROWS, PADDED], tl.float32)
-    count = tl.zeros([ROWS, PADDED], tl.int32)
-    for _ in tl.range(PLANES):
+    sums = tl.zeros([STEP, PADDED // WIDTH, WIDTH], tl.float32)
+    count = tl.zeros([STEP, PADDED // WIDTH, WIDTH], tl.int32)
+    for step in tl.range(TOKENS // STEP, loop_unroll_factor=1 if CHECKED else 8):
         mask = inside
         if valid is not None:
-            mask = tl.load(valid + row * valid_token)
+            mask = tl.load(valid + (step * STEP + row) * valid_token)
             mask = mask if inside is None else inside & mask
-            valid += ROWS * valid_token
-        x = tl.load(source + row * X_TOKEN + channel, mask=mask, other=None if mask is None else 0)
-        x = x.to(tl.float32)
+        at = source + (step * STEP + row) * X_TOKEN + channel
+        x = tl.load(at, mask=mask, other=None if mask is None else 0).to(tl.float32)
         if CHECKED:
             finite = x * 0.0 == 0.0
             x = tl.where(finite, x, 0.0)
             counts = finite if mask is None else finite & mask
             count += counts.to(tl.int32)
-        sums = tl.fma(x, 1.0 / (PLANES * ROWS), sums)  # a power of two: only the sum is rounded
-        source += ROWS * X_TOKEN
-    for k in tl.static_range(5):
-        sums = tl.sum(tl.reshape(sums, [2, ROWS // 2 ** (k + 1), PADDED]), 0)
-    return tl.reshape(sums, [PADDED]), tl.sum(count, 0)
+        sums = tl.fma(x, 1.0 / TOKENS, sums)  # a power of two: only the sum is rounded
+    for k in tl.static_range(log2(STEP)):
+        halves = tl.reshape(sums, [2, STEP // 2 ** (k + 1), PADDED // WIDTH, WIDTH])
+        sums = tl.sum(halves, 0)
+    return tl.reshape(sums, [PADDED // WIDTH, WIDTH]), tl.sum(count, 0)
 
 
 @triton.jit
@@ -212,19 +218,25 @@ def means(
     X_TOKEN: tl.constexpr,
     valid_token,
     D: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
     PADDED: tl.constexpr,
-    PLANES: tl.constexpr,
+    TOKENS: tl.constexpr,
 ):
     """`grids.mean`, [channels]; looks at every element only where one is not finite."""
     MASKED: tl.constexpr = valid is not None
-    sums, count = _plane_sums(source, valid, X_TOKEN, valid_token, D, PADDED, PLANES, MASKED)
+    sums, count = _sums(
+        source, valid, X_TOKEN, valid_token, D, LANES, VECTOR, PADDED, TOKENS, MASKED
+    )
     if MASKED:
-        sums *= tl.math.div_rn(PLANES * ROWS * 1.0, tl.maximum(count, 1).to(tl.float32))
+        sums *= tl.math.div_rn(TOKENS * 1.0, tl.maximum(count, 1).to(tl.float32))
     else:
-        if tl.max(tl.where(sums * 0.0 == 0.0, 0, 1), 0) > 0:
-            sums, count = _plane_sums(source, valid, X_TOKEN, valid_token, D, PADDED, PLANES, True)
-            sums *= tl.math.div_rn(PLANES * ROWS * 1.0, tl.maximum(count, 1).to(tl.float32))
-    return sums
+        if tl.max(tl.max(tl.where(sums * 0.0 == 0.0, 0, 1), 1), 0) > 0:
+            sums, count = _sums(
+                source, valid, X_TOKEN, valid_token, D, LANES, VECTOR, PADDED, TOKENS, True
+            )
+            sums *= tl.math.div_rn(TOKENS * 1.0, tl.maximum(count, 1).to(tl.float32))
+    return tl.reshape(sums, [PADDED])
 
 
 @triton.jit
