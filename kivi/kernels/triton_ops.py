@@ -14,10 +14,11 @@ from kivi.spec import KVSpec
 __all__ = [
     "decode_attention",
     "extend_attention",
+    "extends",
+    "packs",
     "prepare",
     "quantize_pack",
     "supports",
-    "supports_all",
 ]
 
 prepare = triton_mapped.prepare
@@ -39,6 +40,12 @@ def supports(
     return triton_formats.supports(spec.key, spec.value, *head_dims, dtype)
 
 
-def supports_all(spec: KVSpec) -> bool:
-    """Whether quantization and prompts over a packed past have kernels too."""
+def packs(spec: KVSpec, head_dims: tuple[int, int]) -> bool:
+    """Whether quantization has a kernel too."""
+    pairs = zip((spec.key, spec.value), head_dims, strict=True)
+    return all(triton_formats.packs(one, size) for one, size in pairs)
+
+
+def extends(spec: KVSpec) -> bool:
+    """Whether prompts over a packed past have a kernel too."""
     return triton_formats.is_plain(spec.key) and triton_formats.is_plain(spec.value)

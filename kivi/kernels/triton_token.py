@@ -154,13 +154,13 @@ def largest(xs):
 @triton.jit
 def range_of(xs):
     """The least and the largest element of tokens, [tokens, 1], of those that are finite."""
-    low = tl.fma(xs[0], 0.0, xs[0])
-    high = low
-    for k in tl.static_range(1, len(xs)):
-        x = tl.fma(xs[k], 0.0, xs[k])
-        low, high = tl.minimum(low, x), tl.maximum(high, x)
-    low = tl.reduce(low, 1, tl.standard._elementwise_min, keep_dims=True)
-    return low, tl.reduce(high, 1, tl.standard._elementwise_max, keep_dims=True)
+    low = tl.full(xs[0].shape, float("inf"), tl.float32)
+    high = -low
+    for k in tl.static_range(len(xs)):
+        finite = xs[k] * 0.0 == 0.0
+        low = tl.minimum(low, tl.where(finite, xs[k], float("inf")))
+        high = tl.maximum(high, tl.where(finite, xs[k], float("-inf")))
+    return tl.min(low, 1, keep_dims=True), tl.max(high, 1, keep_dims=True)
 
 
 @triton.jit
