@@ -23,8 +23,6 @@ class Ops(NamedTuple):
     extend_attention: Callable[..., Any]
 
 
-# Head dimensions where none are given: any for which a format that fits some has its kernels.
-ANY = (128, 128)
 _EAGER = Ops(reference.quantize_pack, reference.decode_attention, reference.extend_attention)
 
 
@@ -58,12 +56,9 @@ def _triton_ops(
             return str(reason)
         if device.type != "cuda" or torch.cuda.is_available():
             triton.prepare(spec, head_dims, device)
-    ops = _EAGER._replace(decode_attention=triton.decode_attention)
-    if triton.packs(spec, head_dims or ANY):
-        ops = ops._replace(quantize_pack=triton.quantize_pack)
-    if triton.extends(spec):
-        ops = ops._replace(extend_attention=triton.extend_attention)
-    return ops
+    fused = head_dims is None or triton.packs(spec, head_dims)
+    quantize_pack = triton.quantize_pack if fused else reference.quantize_pack
+    return Ops(quantize_pack, triton.decode_attention, triton.extend_attention)
 
 
 def why_not_fused(spec: KVSpec, head_dim: int, dtype: torch.dtype) -> str | None:
@@ -97,10 +92,8 @@ def get_ops(
         return _compiled()
     if impl == "triton" or (impl == "auto" and device is not None and device.type == "cuda"):
         ops = _triton_ops(spec, head_dims, dtype, device)
-        if impl == "triton" and isinstance(ops, Ops):
-            missing = [name for name in Ops._fields if getattr(ops, name) is getattr(_EAGER, name)]
-            if missing:
-                ops = f"{' and '.join(missing)} have no kernel for such a format; 'auto' mixes"
+        if impl == "triton" and isinstance(ops, Ops) and ops.quantize_pack is _EAGER.quantize_pack:
+            ops = "only attention has kernels for such a format, which 'auto' takes"
         if isinstance(ops, Ops):
             return ops
         if impl == "triton":

@@ -118,7 +118,8 @@ def mean(x: Tensor, valid: Tensor) -> Tensor:
         low, high = sums.chunk(2, -2)
         sums = low + high
     count = finite.expand_as(x).sum(-2, keepdim=True).clamp_min(1)
-    return sums * (x.shape[-2] / count)
+    means: Tensor = sums * (x.shape[-2] / count)
+    return means
 
 
 def divide(x: Tensor, norm: Tensor) -> Tensor:

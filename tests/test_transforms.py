@@ -111,7 +111,9 @@ def test_fixed_point_sums():
     assert fixed_point(x * 0, valid)[0].tolist() == [[0] * 6]
     for size in (3.4e38, 1e30, 1e-30, 2.0**-117):
         parts, part, _ = fixed_point(x / 4 * size, valid)
-        assert FIXED / 2 <= -parts[0, 1] <= FIXED and part.item() * -parts[0, 1] == pytest.approx(size)
+        assert FIXED / 2 <= -parts[0, 1] <= FIXED and part.item() * -parts[0, 1] == pytest.approx(
+            size
+        )
 
 
 @pytest.mark.parametrize("tokens", [16, 32, 128])
@@ -263,14 +265,21 @@ def test_a_row_keeps_its_factors(smooth):
 
 
 def test_the_kernels_say_what_they_do_not_take():
-    """Decode attention takes all of this, where a center goes with whole heads; no other kernel."""
+    """Attention takes all of this, where a center goes with whole heads."""
     ops = pytest.importorskip("kivi.kernels.triton_ops")
     at = ((64, 64), torch.float16, torch.device("cuda"))
     for name, value in dict(
         transform="hadamard", center=32, clip=0.9, smooth="max", grid="unbiased"
     ).items():
         spec = KVSpec(None, QuantSpec(2, "token", None, **{name: value}))
-        assert ops.supports(spec, *at) is None and not ops.supports_all(spec)
+        assert ops.supports(spec, *at) is None and ops.packs(spec, at[0])
+    for spec in (
+        QuantSpec(2, "channel", transform="hadamard"),
+        QuantSpec(2, "token", None, "least_squares", transform="hadamard"),
+        QuantSpec(2, "token", None, clip=0.9, center=16),
+    ):
+        assert not ops.packs(KVSpec(None, spec), at[0])
+    assert not ops.packs(KVSpec(None, QuantSpec(2, "token", 20, clip=0.9)), (60, 60))
     for key, value, reason in (
         (None, QuantSpec(2, "token", 32, center=32), "value: the kernels take center=32 for whole"),
         (QuantSpec(2, "token", None, center=16), None, "key: the kernels take center=16 for whole"),
@@ -278,7 +287,7 @@ def test_the_kernels_say_what_they_do_not_take():
     ):
         assert reason in ops.supports(KVSpec(key, value), *at)
     plain = KVSpec(QuantSpec(2, "channel"), QuantSpec(2, "token"))
-    assert ops.supports(plain, *at) is None and ops.supports_all(plain)
+    assert ops.supports(plain, *at) is None and ops.packs(plain, at[0])
 
 
 @pytest.mark.compile

@@ -14,7 +14,6 @@ from kivi.spec import KVSpec
 __all__ = [
     "decode_attention",
     "extend_attention",
-    "extends",
     "packs",
     "prepare",
     "quantize_pack",
@@ -27,7 +26,7 @@ prepare = triton_mapped.prepare
 def supports(
     spec: KVSpec, head_dims: tuple[int, int], dtype: torch.dtype, device: torch.device
 ) -> str | None:
-    """What keeps decode attention from serving a cache, or None.
+    """What keeps attention from serving a cache, or None.
 
     Args:
         spec: how it is packed.
@@ -44,8 +43,3 @@ def packs(spec: KVSpec, head_dims: tuple[int, int]) -> bool:
     """Whether quantization has a kernel too."""
     pairs = zip((spec.key, spec.value), head_dims, strict=True)
     return all(triton_formats.packs(one, size) for one, size in pairs)
-
-
-def extends(spec: KVSpec) -> bool:
-    """Whether prompts over a packed past have a kernel too."""
-    return triton_formats.is_plain(spec.key) and triton_formats.is_plain(spec.value)

@@ -5,7 +5,7 @@ The result is rounded once, to the dtype of the queries, as in `quantize.dequant
 
 from __future__ import annotations
 
-import math
+import struct
 
 import triton
 import triton.language as tl
@@ -39,10 +39,9 @@ def value_asm(bits, position, dtype, offset):
     mask = ((1 << bits) - 1 << position) * 65537
 
     def both(number):
-        """A power of 2, or minus one, twice."""
-        exponent = math.frexp(number)[1] - 1
-        field = exponent + 15 << 10 if half else exponent + 127 << 7
-        return f"{(field + (32768 if number < 0 else 0)) * 65537:#x}"
+        """A number that the dtype has, twice."""
+        packed = struct.pack("<e", number) if half else struct.pack("<f", number)[2:]
+        return f"{int.from_bytes(packed, 'little') * 65537:#x}"
 
     if bits > mantissa:
         code = (
@@ -108,6 +107,22 @@ def _beside_any(ptr, token, G: tl.constexpr, D: tl.constexpr):
     column = tl.arange(0, padded(D))
     at = ptr + token[:, None] * (D // G) + (column // G)[None, :]
     return tl.load(at, mask=column[None, :] < D, other=0)
+
+
+@triton.jit
+def plus_centers(
+    x,
+    centers,  # of a page and head: [512 / C, D]
+    plane,
+    last,
+    D: tl.constexpr,
+    C: tl.constexpr,
+    PLANES: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """A dense tile with what was taken off its tokens."""
+    center = _beside(centers, plane, last, True, C, D, PLANES).to(tl.float32)
+    return saturated(x.to(tl.float32) + center, x.dtype, WIDE)
 
 
 @triton.constexpr_function
