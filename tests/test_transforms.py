@@ -111,9 +111,8 @@ def test_fixed_point_sums():
     assert fixed_point(x * 0, valid)[0].tolist() == [[0] * 6]
     for size in (3.4e38, 1e30, 1e-30, 2.0**-117):
         parts, part, _ = fixed_point(x / 4 * size, valid)
-        assert FIXED / 2 <= -parts[0, 1] <= FIXED and part.item() * -parts[0, 1] == pytest.approx(
-            size
-        )
+        assert FIXED / 2 <= -parts[0, 1].item() <= FIXED
+        assert part.item() * -parts[0, 1].item() == pytest.approx(size, rel=1 / FIXED)
 
 
 @pytest.mark.parametrize("tokens", [16, 32, 128])
@@ -152,10 +151,15 @@ def test_unbiased_keeps_the_product_with_what_was_quantized(bits, axis):
     x, back = (y.unflatten(2, (-1, 64)).double() for y in (x, back))
     dim = 3 if axis == "channel" else 4
     products, squares = (x * back).sum(dim), (x * x).sum(dim)
-    assert torch.allclose(products, squares, rtol=4e-3)
+    # Up to 3 bits x is rounded to parts of 1/64 to 1/128 of its largest element: of standard
+    # deviations that this adds to sums of squares and of products, together at most 4.
+    part = 2.0 ** x.abs().amax(dim).log2().floor() / 64 if bits <= 3 else 0 * squares
+    slack = 4e-3 + 4 * 3.3 * part / (12 * squares).sqrt()
+    assert ((products / squares - 1).abs() < slack).all()
+    assert abs(float((products / squares).mean()) - 1) < 1e-3
     shrunk = dequantize(quantize(x.flatten(2, 3).float(), QuantSpec(bits, axis, 64, "midpoint")))
     if bits == 2:  # the check can fail: an ordinary grid does not have this property
-        assert not torch.allclose((x * shrunk.unflatten(2, (-1, 64))).sum(dim), squares, rtol=4e-3)
+        assert not torch.allclose((x * shrunk.unflatten(2, (-1, 64))).sum(dim), squares, rtol=0.1)
 
 
 @pytest.mark.parametrize(("bits", "least"), [(1, 0.3634), (2, 0.1188), (3, 0.0374), (4, 0.0115)])
