@@ -116,8 +116,6 @@ def few_calls() -> None:
     pack(Q(8, "channel", 128, "symmetric"), 2, 1, 128, torch.float32)
     pack(None, 1, 2, 512)
     pack(PLUMB, 2, 2, 512, smooth=True)
-    pack(Q(3, "token", 32, "unbiased", center=32), 2, 1, 32, torch.float32, masked=True)
-    pack(Q(8, "token", None, clip=0.9, transform="hadamard_32"), 2, 1, 32, torch.float16)
 
 
 def many_calls() -> None:

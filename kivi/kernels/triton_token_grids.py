@@ -205,7 +205,7 @@ def quantize_group(
             low, high = range_of(xs)
             if GRID == "asymmetric":
                 if CLIP != 1.0:
-                    low, high = low * CLIP, high * CLIP
+                    low, high = multiply(low, CLIP), multiply(high, CLIP)
                 zero = round_to(tl.where(low <= high, low, 0.0), LIMIT, EPS, LEAST) + 0.0
                 spread = tl.where(low <= high, high, 0.0) - zero
                 scale = store_scale(spread * (1.0 / TOP), spread, LIMIT, EPS, LEAST)
