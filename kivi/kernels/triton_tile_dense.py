@@ -5,7 +5,7 @@ The result is rounded once, to the dtype of the queries, as in `quantize.dequant
 
 from __future__ import annotations
 
-import struct
+import math
 
 import triton
 import triton.language as tl
@@ -40,8 +40,10 @@ def value_asm(bits, position, dtype, offset):
 
     def both(number):
         """A number that the dtype has, twice."""
-        packed = struct.pack("<e", number) if half else struct.pack("<f", number)[2:]
-        return f"{int.from_bytes(packed, 'little') * 65537:#x}"
+        part, exponent = math.frexp(number)
+        field = int((2 * abs(part) - 1) * 2**mantissa)
+        field += exponent + 14 << 10 if half else exponent + 126 << 7
+        return f"{(field + (32768 if number < 0 else 0)) * 65537:#x}"
 
     if bits > mantissa:
         code = (
