@@ -3,14 +3,16 @@
 `python bench/bench_quantize_pack.py [--out FILE] [--match TEXT] [--impls eager,compile,triton]`
 prints one table: time, time of a CUDA-graph replay, GB/s (what must be read plus what must be
 written, over the time), share of this machine's copy bandwidth, how many kernels inductor
-generated, and which implementation is fastest in the case. Cases: *prefill*, whole pages of a
-prompt of 32K tokens in 8 rows; *flush*, one unit of each row of a batch, as a decode step packs it:
-every unit is due, or none is (the others of a step go to the bin, page 0). `nox -s bench` runs the
-same cases under pytest-benchmark.
+generated, which implementation is fastest in the case, and for plumb the time over KIVI's (the mean
+of keys and values) at the same bits. Cases: *prefill*, whole pages of a prompt of 32K tokens in 8
+rows; *flush*, one unit of each row of a batch, as a decode step packs it: every unit is due, or
+none is (the others of a step go to the bin, page 0). `nox -s bench` runs the same cases under
+pytest-benchmark.
 """
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -21,7 +23,7 @@ from measure import DEVICE, copy_bandwidth, environment, median_ms, report
 from torch import Tensor
 from torch._inductor import metrics
 
-from kivi import KVSpec, QuantSpec, store
+from kivi import KVQuantizer, KVSpec, QuantSpec, store
 from kivi.attention import get_ops
 from kivi.quantize import Pages, empty_pages
 from kivi.spec import PAGE_TOKENS
@@ -33,6 +35,15 @@ DTYPE = torch.bfloat16 if GPU else torch.float32
 ROWS, TOKENS = (8, 32768) if GPU else (2, 4096)
 BATCH = 32 if GPU else 4
 SHAPES = ("prefill", "flush, due", "flush, not due")
+
+
+def plumb(bits: int) -> QuantSpec:
+    """The format of keys and of values alike."""
+    spec = KVQuantizer.get("plumb", bits=bits).spec().key
+    assert isinstance(spec, QuantSpec)
+    return spec
+
+
 SPECS = {
     "K per-channel, 2 bit": QuantSpec(2, "channel", 32),
     "V per-token, 2 bit": QuantSpec(2, "token", 32),
@@ -41,6 +52,8 @@ SPECS = {
     "K per-channel, 2 bit, least squares": QuantSpec(2, "channel", 32, "least_squares"),
     "K per-channel, 4 bit": QuantSpec(4, "channel", 32),
     "V per-token, 4 bit": QuantSpec(4, "token", 32),
+    "plumb, 2 bit": plumb(2),
+    "plumb, 4 bit": plumb(4),
 }
 IMPLS = ("eager", "compile", "triton") if GPU else ("eager", "compile")
 
@@ -60,9 +73,10 @@ def prefill(spec: QuantSpec) -> tuple[Callable[..., None], Pages, int]:
     run = x.unflatten(2, (n, PAGE_TOKENS)).transpose(1, 2)
     page = torch.arange(ROWS * n, device=DEVICE).view(ROWS, n) + 1
     pages = empty_pages(spec, ROWS * n + 1, HEADS, HEAD_DIM, DTYPE, DEVICE)
+    smooth = torch.ones(ROWS, HEADS, HEAD_DIM, device=DEVICE) if spec.smooth else None
 
     def call(op: Callable[..., None], *tensors: Tensor | None) -> None:
-        op(Pages(*tensors), spec, run, page, page * 0)
+        op(Pages(*tensors), spec, run, page, page * 0, None, smooth)
 
     return call, pages, x.numel()
 
@@ -77,8 +91,9 @@ def flush(spec: QuantSpec, due: bool) -> tuple[Callable[..., None], Pages, int]:
     asked = torch.full((BATCH, 1), due, device=DEVICE)
 
     def call(op: Callable[..., None], *tensors: Tensor | None) -> None:
-        empty = torch.empty(0, device=DEVICE)
-        view = CacheView(Pages(*tensors), pages, table, first, empty, empty, first)
+        exact = torch.empty(BATCH, HEADS, 1, HEAD_DIM, device=DEVICE)
+        smooth = torch.ones(BATCH, HEADS, HEAD_DIM if spec.smooth else 0, device=DEVICE)
+        view = CacheView(Pages(*tensors), pages, table, first, exact, exact, first, smooth)
 
         def key_only(written: Pages, one: QuantSpec | None, *arguments: Tensor) -> None:
             if one is not None:
@@ -161,6 +176,21 @@ def rows_of(shape: str, name: str, impls: list[str], copy: float) -> list[dict[s
     return [row | {"fastest": fastest} for row in rows]
 
 
+def over_kivi(row: dict[str, object], rows: list[dict[str, object]]) -> object:
+    """plumb's time over the mean of KIVI's for keys and values at the same bits."""
+    name, _, bits = str(row["what"]).partition(", ")
+    time = "graph ms" if GPU and row["case"] != "prefill" else "ms"
+    kivi = [
+        float(str(other[time]))
+        for other in rows
+        if (other["case"], other["impl"]) == (row["case"], row["impl"])
+        and other["what"] in (f"K per-channel, {bits}", f"V per-token, {bits}")
+    ]
+    if name != "plumb" or len(kivi) != 2:
+        return "-"
+    return float(str(row[time])) / statistics.mean(kivi)
+
+
 def main(out: str | None = None, match: str = "", impls: str = ",".join(IMPLS)) -> None:
     """Measure every case, or those whose shape and spec contain `match`."""
     copy, rows = copy_bandwidth(), []
@@ -168,6 +198,8 @@ def main(out: str | None = None, match: str = "", impls: str = ",".join(IMPLS)) 
         for name in SPECS:
             if match in f"{shape}: {name}":
                 rows += rows_of(shape, name, impls.split(","), copy)
+    for row in rows:
+        row["over KIVI"] = over_kivi(row, rows)
     report(f"quantize_pack, copy {copy / 1e9:.0f} GB/s", rows, out)
 
 

@@ -64,9 +64,9 @@ def _triton_ops(
             return str(reason)
         if device.type != "cuda" or torch.cuda.is_available():
             triton.prepare(spec, head_dims, device)
-    if triton.supports_all(spec):
-        return Ops(triton.quantize_pack, triton.decode_attention, triton.extend_attention)
-    return _EAGER._replace(decode_attention=triton.decode_attention)
+    fused = head_dims is None or triton.packs(spec, head_dims)
+    quantize_pack = triton.quantize_pack if fused else reference.quantize_pack
+    return Ops(quantize_pack, triton.decode_attention, triton.extend_attention)
 
 
 def why_not_fused(spec: KVSpec, head_dim: int, dtype: torch.dtype) -> str | None:
@@ -101,7 +101,7 @@ def get_ops(
     if impl == "triton" or (impl == "auto" and device is not None and device.type == "cuda"):
         ops = _triton_ops(spec, head_dims, dtype, device)
         if impl == "triton" and isinstance(ops, Ops) and ops.quantize_pack is _EAGER.quantize_pack:
-            ops = "only decode attention has a kernel for such a format, which 'auto' takes"
+            ops = "only attention has kernels for such a format, which 'auto' takes"
         if isinstance(ops, Ops):
             return ops
         if impl == "triton":

@@ -20,7 +20,7 @@ def metadata_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if dtype == torch.bfloat16 else torch.float16
 
 
-def _store(x: Tensor, dtype: torch.dtype) -> Tensor:
+def round_to(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Round float32 to what `dtype` can store, half to even; saturate instead of overflowing.
 
     Spelled out because compilers keep a 16-bit intermediate in float32: codes would then be
@@ -40,7 +40,7 @@ def _store_scale(scale: Tensor, spread: Tensor, dtype: torch.dtype) -> Tensor:
     """A stored scale is 0 only for a constant group, else at least the least usable value."""
     info = torch.finfo(dtype)
     least = max(info.smallest_normal * info.eps, torch.finfo(torch.float32).smallest_normal)
-    return torch.where(spread > 0, _store(scale, dtype).clamp_min(least), 0.0)
+    return torch.where(spread > 0, round_to(scale, dtype).clamp_min(least), 0.0)
 
 
 def symmetric_offset(bits: int) -> float:
@@ -64,24 +64,30 @@ def _inverse(scale: Tensor) -> Tensor:
     return torch.where(scale > 0, inverse, 0.0)
 
 
-# Whole numbers: their sums are exact, so that their order does not matter (see `fit`). Sums of
-# squares over a group of 512 fit int32.
+# The largest element in whole parts is below this. Sums of whole numbers are exact, so that their
+# order does not matter (see `fit`): sums of squares over a group of 512 fit int32. Where there are
+# few levels so do few parts: a part fits a byte, and float32 takes its sums.
 FIXED = 2**10
+FEW = 2**7
 # Where the refit of an unbiased grid starts. Few levels: the step that is best for a Gaussian, in
 # standard deviations (Max, 1960, table II); many must reach the largest element, or most of it.
 STEP = {1: 1.596, 2: 0.9957, 3: 0.586}
 COVER = {4: 0.9, 8: 1.0}
 
 
-def fixed_point(x: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """`x [..., G]` as whole parts of its largest element, int32 up to FIXED, and that element.
+def fixed_point(x: Tensor, valid: Tensor, most: int = FIXED) -> tuple[Tensor, Tensor, Tensor]:
+    """`x [..., G]` in whole parts.
 
-    What is not finite or not valid becomes 0.
+    Returns:
+        parts, int32 up to `most`, the largest at least half of that (below 2^-117, fewer); what is
+        not finite or not valid is 0. What a part is worth, a power of two; the largest element.
     """
     finite = valid & x.isfinite()
     peak = torch.where(finite, x.abs(), 0.0).amax(-1, keepdim=True)
-    parts = torch.where(finite, x * _inverse(peak) * FIXED, 0.0).round()
-    return parts.clamp(-FIXED, FIXED).to(torch.int32), peak
+    power = (peak.view(torch.int32) & 0x7F800000).view(torch.float32)  # 2^floor(log2 peak)
+    part = power.clamp_min(2.0**-117) * (2 / most)
+    inverse = (0x7F000000 - part.view(torch.int32)).view(torch.float32)
+    return torch.where(finite, x * inverse, 0.0).round().to(torch.int32), part, peak
 
 
 def total(x: Tensor) -> Tensor:
@@ -91,15 +97,29 @@ def total(x: Tensor) -> Tensor:
 
 def norm(x: Tensor, valid: Tensor, dtype: torch.dtype) -> Tensor:
     """Euclidean norm of `x [..., G]` as stored, `[..., 1]`; 0 only of zeros."""
-    parts, peak = fixed_point(x, valid)
-    return _store_scale(total(parts * parts).sqrt() * (peak * (1 / FIXED)), peak, dtype)
+    parts, part, peak = fixed_point(x, valid)
+    return _store_scale(total(parts * parts).sqrt() * part, peak, dtype)
 
 
-def mean(x: Tensor, valid: Tensor, dtype: torch.dtype) -> Tensor:
-    """Mean of `x [..., G]` as stored, `[..., 1]`; a constant group's is exact."""
-    parts, peak = fixed_point(x, valid)
-    count = (valid & x.isfinite()).expand_as(x).sum(-1, keepdim=True).clamp_min(1).float()
-    return _store(total(parts) / count * (peak * (1 / FIXED)), dtype)
+MEAN_STEP = 8
+
+
+def mean(x: Tensor, valid: Tensor) -> Tensor:
+    """Means over tokens, `[..., 1, D]`, of `x [..., C, D]` float32; C a power of two.
+
+    Sums have a fixed order: steps of 8 tokens one after the other, then halves.
+    """
+    finite = valid & x.isfinite()
+    steps = (torch.where(finite, x, 0.0) / x.shape[-2]).split(MEAN_STEP, -2)
+    sums = steps[0]
+    for step in steps[1:]:
+        sums = sums + step
+    while sums.shape[-2] > 1:
+        low, high = sums.chunk(2, -2)
+        sums = low + high
+    count = finite.expand_as(x).sum(-2, keepdim=True).clamp_min(1)
+    means: Tensor = sums * (x.shape[-2] / count)
+    return means
 
 
 def divide(x: Tensor, norm: Tensor) -> Tensor:
@@ -107,39 +127,51 @@ def divide(x: Tensor, norm: Tensor) -> Tensor:
     return x * _inverse(norm)
 
 
-def unbiased_scale(
-    x: Tensor, codes: Tensor, valid: Tensor, bits: int, dtype: torch.dtype
-) -> Tensor:
-    """The stored scale with which midpoint codes keep `<quantized, x> = <x, x>`.
+def unbiased(x: Tensor, valid: Tensor, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Codes of least squared error with 0 halfway between two, and a scale that is unbiased.
 
-    A code of least squared error is a shrunk estimate of x: attention scores computed with it are
-    too small, all the more the coarser the grid. EDEN (2108.08842) scales in this way.
+    Such codes are a shrunk estimate of x: attention scores computed with them are too small, all
+    the more the coarser the grid. The stored scale is the one with which `<quantized, x> = <x, x>`,
+    as in EDEN (2108.08842).
+
+    Args:
+        x: see `fit`, as what follows.
+        valid: see x.
+        bits: see x.
+        dtype: see x.
+
+    Returns:
+        codes `[..., G]`, 0 where not valid, and the scale `[..., 1]`, both float32.
     """
-    parts, peak = fixed_point(x, valid)
-    level = (2 * codes - (2**bits - 1)).to(torch.int32)
-    ratio = total(parts * parts) / total(parts * level).clamp_min(1.0)
-    return _store_scale(ratio * (2 / FIXED) * peak, peak, dtype)
-
-
-def _midpoint(
-    x: Tensor, valid: Tensor, bits: int, grid: Grid, dtype: torch.dtype, clip: float
-) -> tuple[Tensor, Tensor]:
-    """`fit` for grids with 0 halfway between two codes."""
-    top = 2**bits - 1
-    parts, peak = fixed_point(x, valid)
-    if grid == "unbiased" and bits in STEP:
-        count = (valid & x.isfinite()).expand_as(x).sum(-1, keepdim=True).clamp_min(1).float()
-        start = (total(parts * parts) / count).sqrt() * (STEP[bits] / FIXED) * peak
+    finite = (valid & x.isfinite()).expand_as(x)
+    if bits in STEP:
+        parts, part, peak = fixed_point(x, valid, FEW)
+        size, inner = parts.abs(), 2 ** (bits - 1)
+        squares = total(size * size)
+        step = (squares / finite.sum(-1, keepdim=True).clamp_min(1)).sqrt() * STEP[bits]
+        for _ in range(2):
+            over = torch.zeros_like(size)
+            for i in range(1, inner):
+                over = over + (size > (step * i).floor().clamp_max(FEW - 1))
+            level = torch.where(finite, 2 * over + 1, 0)
+            product = total(size * level)
+            step = 2 * product / total(level * level).clamp_min(1.0)
+        # What is not finite gets an outermost level, NaN the lowest.
+        over = torch.where(finite, over, inner - 1)
+        negative = torch.where(finite, x.signbit(), ~(valid & (x > 0)))
+        codes = torch.where(negative, inner - 1 - over, inner + over).float()
     else:
-        start = peak * ((clip if grid == "midpoint" else COVER[bits]) * 2 / top)
-    scale = _store_scale(start, peak, dtype)
-    if grid == "unbiased":
-        codes = torch.where(valid, encode(x, scale, -top / 2 * scale, bits), 0.0)
-        level = (2 * codes - top).to(torch.int32)
-        squares = total(torch.where(valid & x.isfinite(), level * level, 0)).clamp_min(1.0)
-        ratio = total(parts * level) / squares
-        scale = _store_scale(ratio * (2 / FIXED) * peak, peak, dtype)
-    return scale, -top / 2 * scale
+        top = 2**bits - 1
+        parts, part, peak = fixed_point(x, valid)
+        scale = _store_scale(peak * (COVER[bits] * 2 / top), peak, dtype)
+        for _ in range(2):
+            codes = torch.where(valid, encode(x, scale, -top / 2 * scale, bits), 0.0)
+            level = torch.where(finite, 2 * codes - top, 0.0).to(torch.int32)
+            product = total(parts * level)
+            ratio = product / total(level * level).clamp_min(1.0)
+            scale = _store_scale(ratio * (2 * part), peak, dtype)
+        squares = total(parts * parts)
+    return codes, _store_scale(squares / product.clamp_min(1.0) * (2 * part), peak, dtype)
 
 
 def fit(
@@ -163,8 +195,7 @@ def fit(
             eq. 1). "symmetric": `scale = max|x| / (2^(b-1) - 1)`, zero derived. "least_squares":
             asymmetric, then the scale and zero that minimise the squared error for its codes.
             "midpoint": `scale = 2 max|x| / (2^b - 1)`, `zero = -max|x|` (exllamav3's cache).
-            "unbiased": midpoint, then the scale of least squared error for its codes; codes are
-            computed with it, and stored is what `unbiased_scale` finds for them.
+            "unbiased" finds codes too: see `unbiased`.
         dtype: the dtype that they are stored in.
         clip: factor of min, max and max|x|; elements outside saturate.
 
@@ -174,8 +205,11 @@ def fit(
     """
     finite = valid & x.isfinite()
     top = 2**bits - 1
-    if grid in ("midpoint", "unbiased"):
-        return _midpoint(x, valid, bits, grid, dtype, clip)
+    assert grid != "unbiased"
+    if grid == "midpoint":
+        spread = torch.where(finite, x.abs(), 0.0).amax(-1, keepdim=True)
+        scale = _store_scale(spread * (clip * 2 / top), spread, dtype)
+        return scale, -top / 2 * scale
     if grid == "symmetric":
         # One bit has no zero level: its two levels are -max|x| and +max|x|.
         steps = 0.5 if bits == 1 else float(2 ** (bits - 1) - 1)
@@ -187,7 +221,7 @@ def fit(
     if clip != 1:
         low, high = low * clip, high * clip
     # Plus 0.0: whether the least of -0.0 and 0.0 is negative is nowhere defined.
-    zero = _store(torch.where(low <= high, low, 0.0), dtype) + 0.0
+    zero = round_to(torch.where(low <= high, low, 0.0), dtype) + 0.0
     spread = torch.where(low <= high, high, 0.0) - zero
     # Times the reciprocal, here and in encode: compilers turn a division into that anyway.
     scale = _store_scale(spread * (1.0 / top), spread, dtype)
@@ -209,7 +243,7 @@ def fit(
         new = scale + scale * (slope * (1.0 / unit))
         # Without two different codes, or past what 16 bit can hold, there is nothing to refit.
         refit = (variance > 0) & (new > 0) & (spread <= torch.finfo(dtype).max)
-        moved = _store(zero + scale * (shift * (1.0 / unit)), dtype)
+        moved = round_to(zero + scale * (shift * (1.0 / unit)), dtype)
         scale = torch.where(refit, _store_scale(new, new, dtype), scale)
         zero = torch.where(refit, moved, zero)
     return scale, zero

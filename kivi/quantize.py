@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,10 +10,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kivi.checks import check_finite_tensor, check_tensor
-from kivi.grids import divide, encode, fit, mean, metadata_dtype, norm, unbiased_scale, zero_code
-from kivi.packing import insert, of_bytes, pack_unit, unpack
-from kivi.spec import PAGE_TOKENS, PLACE_BYTES, TILE_ROWS, OpaqueSpec, QuantSpec, Spec
-from kivi.transforms import hadamard, inverse_hadamard, smooth_factor, turn
+from kivi.grids import (
+    divide,
+    encode,
+    fit,
+    mean,
+    metadata_dtype,
+    norm,
+    round_to,
+    unbiased,
+    zero_code,
+)
+from kivi.opaque import decode_opaque, encode_opaque
+from kivi.packing import insert, pack_unit, unpack
+from kivi.spec import PAGE_TOKENS, TILE_ROWS, OpaqueSpec, QuantSpec, Spec
+from kivi.transforms import hadamard, inverse_hadamard, smooth_factor
 
 
 class Pages(NamedTuple):
@@ -84,7 +94,9 @@ class Unit(NamedTuple):
     norm: Tensor | None
 
 
-def quantize_unit(x: Tensor, spec: QuantSpec, valid: Tensor | None = None) -> Unit:
+def quantize_unit(
+    x: Tensor, spec: QuantSpec, valid: Tensor | None = None, smooth: Tensor | None = None
+) -> Unit:
     """Codes and metadata of runs of whole groups.
 
     Args:
@@ -92,6 +104,7 @@ def quantize_unit(x: Tensor, spec: QuantSpec, valid: Tensor | None = None) -> Un
         spec: what to do.
         valid: bool, broadcastable to `[..., U]`; other tokens take no part in a group's statistics
             and their codes are 0.
+        smooth: what channels are divided by, broadcastable to x.
 
     Returns:
         codes; scale and zero per-channel `[..., U/G, D]`, per-token `[..., U, D/G]`, center
@@ -101,12 +114,16 @@ def quantize_unit(x: Tensor, spec: QuantSpec, valid: Tensor | None = None) -> Un
     group, meta = spec.group(d), metadata_dtype(x.dtype)
     if valid is None:
         valid = torch.ones(tokens, dtype=torch.bool, device=x.device)
-    own = hadamard(x.float(), spec.block(d))
+    x = x.float() if smooth is None else x.float() / smooth
+    own = hadamard(x, spec.block(d))
     center = size = None
     if spec.center:
-        runs = own.unflatten(-2, (-1, spec.center)).transpose(-1, -2)
-        center = mean(runs, valid.unflatten(-1, (-1, 1, spec.center)), meta)
-        own = (runs - center).transpose(-1, -2).flatten(-3, -2)
+        # The mean of what a map gives is what it gives for the mean.
+        means = mean(
+            x.unflatten(-2, (-1, spec.center)), valid.unflatten(-1, (-1, spec.center))[..., None]
+        )
+        center = round_to(hadamard(means, spec.block(d)), meta)
+        own = (own.unflatten(-2, (-1, spec.center)) - center).flatten(-3, -2)
     if spec.token_norm:
         size = norm(own, valid[..., None], meta)
         own = divide(own, size)
@@ -116,16 +133,17 @@ def quantize_unit(x: Tensor, spec: QuantSpec, valid: Tensor | None = None) -> Un
     else:
         grouped = own.unflatten(-1, (d // group, group))
         mask = valid[..., None, None]
-    scale, zero = fit(grouped, mask, spec.bits, spec.grid, meta, spec.clip)
-    codes = torch.where(mask, encode(grouped, scale, zero, spec.bits), 0.0)
     if spec.grid == "unbiased":
-        scale = unbiased_scale(grouped, codes, mask, spec.bits, meta)
+        (codes, scale), zero = unbiased(grouped, mask, spec.bits, meta), None
+    else:
+        scale, zero = fit(grouped, mask, spec.bits, spec.grid, meta, spec.clip)
+        codes = torch.where(mask, encode(grouped, scale, zero, spec.bits), 0.0)
     codes = codes.transpose(-1, -2) if spec.axis == "channel" else codes
     return Unit(
         codes.reshape(x.shape).to(torch.int16),
         scale.squeeze(-1).to(meta),
-        zero.squeeze(-1).to(meta) if spec.has_zero else None,
-        None if center is None else center.squeeze(-1).to(meta),
+        zero.squeeze(-1).to(meta) if zero is not None and spec.has_zero else None,
+        None if center is None else center.squeeze(-2).to(meta),
         None if size is None else size.to(meta),
     )
 
@@ -137,6 +155,7 @@ def quantize_pack(
     page: Tensor,
     first: Tensor,
     valid: Tensor | None = None,
+    smooth: Tensor | None = None,
     position: Tensor | None = None,
     weight: Tensor | None = None,
 ) -> None:
@@ -153,12 +172,17 @@ def quantize_pack(
             drop what goes there).
         first: like page, the run's first token in its page, a multiple of U.
         valid: bool, broadcastable to x without D: tokens that count (default: all).
+        smooth: `[N or B, Hkv, D]` float32 powers of two that the channels of a row are divided by.
         position: like page, the run's first token in its row: a format with a rope asks for it.
         weight: like x with 1 for D, float32: a format that weighs tokens asks for it.
     """
+    if smooth is not None:
+        smooth = smooth.unsqueeze(-2)
     if x.dim() == 5:
         position = position if position is None else position.flatten()
         weight = weight if weight is None else weight.flatten(0, 1)
+        if smooth is not None:
+            smooth = smooth.unsqueeze(1).expand(*x.shape[:3], 1, -1).flatten(0, 1)
         valid = valid if valid is None else valid.expand(x.shape[:4]).flatten(0, 1)
         x, page, first = x.flatten(0, 1), page.flatten(), first.flatten()
     tokens = x.shape[2]
@@ -168,9 +192,9 @@ def quantize_pack(
         pages.words[index, :, row] = x.transpose(1, 2)
         return
     if isinstance(spec, OpaqueSpec):
-        _encode(pages, spec, x, index, first, valid, position, weight)
+        encode_opaque(pages.words, spec, x, index, first, valid, position, weight)
         return
-    unit = quantize_unit(x, spec, valid)
+    unit = quantize_unit(x, spec, valid, smooth)
     for stored, new in zip(pages[1:], unit[1:], strict=True):
         if stored is not None and new is not None:
             size = PAGE_TOKENS // stored.shape[2]  # tokens that share an entry
@@ -179,58 +203,6 @@ def quantize_pack(
     codes = unit.codes
     for part in pack_unit(codes, spec.bits, first):
         pages.words[index, :, part.tile] = insert(pages.words[index, :, part.tile], part)
-
-
-def standing(
-    one: Spec | None, position: Tensor, weight: Sequence[Tensor] = ()
-) -> tuple[Tensor | None, ...]:
-    """What `quantize_pack` is told of runs beside their tokens, where the format asks for it.
-
-    That is no mask, their positions, and their weights if there are any.
-    """
-    asks = isinstance(one, OpaqueSpec) and (one.pre_rope or one.weighs_tokens)
-    return (None, position, *weight) if asks else ()
-
-
-def _encode(
-    pages: Pages,
-    spec: OpaqueSpec,
-    x: Tensor,
-    index: Tensor,
-    first: Tensor,
-    valid: Tensor | None,
-    position: Tensor | None,
-    weight: Tensor | None,
-) -> None:
-    """`quantize_pack` for a format of its own."""
-    if valid is None:
-        valid = torch.ones(x.shape[2], dtype=torch.bool, device=x.device)
-    units = x.float().unflatten(2, (-1, spec.unit))
-    parts: list[Tensor] = []
-    number = torch.arange(units.shape[2], device=x.device)
-    if spec.pre_rope:
-        assert position is not None
-        place = (position[:, None] + number * spec.unit)[:, None, :, None].to(torch.int32)
-        if spec.rope is not None:
-            each = place + torch.arange(spec.unit, device=x.device)
-            units = turn(units, each, spec.rope, back=True)
-        parts.append(place.expand(*units.shape[:3], 1))
-    if weight is not None:
-        weight = weight.squeeze(-1).unflatten(-1, (-1, spec.unit))
-    parts += spec.encode_weighted(units, valid.unflatten(-1, (-1, spec.unit)), weight)
-    data = torch.cat([part.contiguous().view(torch.uint8) for part in parts], -1)
-    row = first[:, None] // spec.unit + number
-    pages.words[index, :, row] = data.transpose(1, 2)
-
-
-def _decode(words: Tensor, spec: OpaqueSpec, head_dim: int) -> Tensor:
-    """What `_encode` wrote, `[N, Hkv, 512/U, U, D]` float32."""
-    place, data = words.split([skip := PLACE_BYTES * spec.pre_rope, words.shape[-1] - skip], -1)
-    x = spec.decode(data, head_dim)
-    if spec.rope is None:
-        return x
-    place = of_bytes(place, torch.int32)
-    return turn(x, place + torch.arange(spec.unit, device=words.device), spec.rope)
 
 
 def dequantize_pages(
@@ -244,7 +216,7 @@ def dequantize_pages(
         return pages.words.to(dtype)
     if isinstance(spec, OpaqueSpec):
         assert head_dim is not None
-        return saturate(_decode(pages.words, spec, head_dim).flatten(2, 3), dtype)
+        return saturate(decode_opaque(pages.words, spec, head_dim).flatten(2, 3), dtype)
     codes = unpack(pages.words, spec.bits).float()
     assert pages.scale is not None
     scale = pages.scale.float()
@@ -318,13 +290,14 @@ def quantize(
     smooth = None
     if spec is not None and spec.smooth:
         every = torch.ones(t, dtype=torch.bool, device=x.device)
-        smooth = smooth_factor(x, every, spec.smooth).unsqueeze(2)
-        x = (x / smooth).to(x.dtype)
+        smooth = smooth_factor(x, every, spec.smooth)
     padded = F.pad(x, (0, 0, 0, n * PAGE_TOKENS - t)).unflatten(2, (n, PAGE_TOKENS))
-    page = torch.arange(b * n, device=x.device)
-    token = page[:, None, None] % n * PAGE_TOKENS + torch.arange(PAGE_TOKENS, device=x.device)
-    runs, start = padded.transpose(1, 2).flatten(0, 1), page % n * PAGE_TOKENS
-    quantize_pack(pages, spec, runs, page, page * 0, token < t, start)
+    page = torch.arange(b * n, device=x.device).view(b, n)
+    token = torch.arange(n * PAGE_TOKENS, device=x.device).view(n, 1, PAGE_TOKENS)
+    start = page % n * PAGE_TOKENS
+    runs = padded.transpose(1, 2)
+    quantize_pack(pages, spec, runs, page, page * 0, token < t, smooth, start)
+    smooth = None if smooth is None else smooth.unsqueeze(2)
     return PackedTensor(pages, spec, (b, h, t, d), x.dtype, smooth)
 
 

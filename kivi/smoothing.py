@@ -5,23 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kivi.kernels.reference import smooth_factors
 from kivi.spec import KVSpec
 from kivi.transforms import smooth_factor
 from kivi.view import CacheView
 
 
-def smoothed(view: CacheView, spec: KVSpec, body: list[Tensor], packed: Tensor) -> list[Tensor]:
-    """Leaving tokens with their channels divided; the first unit of a row says by what."""
+def find_smooth(view: CacheView, spec: KVSpec, body: list[Tensor], packed: Tensor) -> None:
+    """What channels of leaving tokens will be divided by; the first unit of a row says it."""
     if view.smooth is None or not view.smooth.shape[2]:
-        return body
+        return
     pairs = [(x, one.smooth) for x, one in zip(body, (spec.key, spec.value), strict=True) if one]
     every = torch.ones(spec.unit, dtype=torch.bool, device=view.length.device)
     new = torch.cat([smooth_factor(x, every, smooth) for x, smooth in pairs if smooth], -1)
     first = ((view.packed == 0) & (packed > 0))[:, None, None]
     view.smooth.copy_(torch.where(first, new, view.smooth))
-    factors = zip(body, smooth_factors(view, spec), strict=True)
-    return [x if f is None else (x / f.unsqueeze(2)).to(x.dtype) for x, f in factors]
 
 
 def new_smooth(spec: KVSpec, key: Tensor, value: Tensor) -> Tensor:

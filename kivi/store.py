@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from kivi.kernels.reference import exact_positions, gather_pages, smooth_factors
+from kivi.opaque import standing
 from kivi.packing import units_per_tile
-from kivi.quantize import standing
-from kivi.smoothing import smoothed
+from kivi.smoothing import find_smooth
 from kivi.spec import PAGE_TOKENS, KVSpec, QuantSpec
 from kivi.steps import SLACK, Step, ring_slots, rows, slots
 from kivi.view import CacheView
@@ -57,7 +57,8 @@ def pack_units(
     column = (first // PAGE_TOKENS).clamp_max(view.table.shape[1] - 1)
     page, offset = view.table.gather(1, column) * due, first % PAGE_TOKENS
     specs, sinks = (spec.key, spec.value), spec.sink_length
-    for x, pages, one in zip(sources[:2], view[:2], specs, strict=True):
+    factors = smooth_factors(view, spec)
+    for x, pages, one, f in zip(sources[:2], view[:2], specs, factors, strict=True):
         unit = x.shape[3]
         # Units that may fall into one word tile are written one call after the other.
         stride = units_per_tile(one.bits, unit) if isinstance(one, QuantSpec) else 1
@@ -65,7 +66,7 @@ def pack_units(
             pick = slice(start, None, stride)
             run, *weight = (s[:, :, pick].transpose(1, 2) for s in (x, *sources[2:]))
             where = standing(one, sinks + first[:, pick], weight)
-            quantize_pack(pages, one, run, page[:, pick], offset[:, pick], *where)
+            quantize_pack(pages, one, run, page[:, pick], offset[:, pick], None, f, *where)
 
 
 def store(
@@ -104,21 +105,22 @@ def store(
         units -= skipped * PAGE_TOKENS // unit
         begin = sinks + skipped * PAGE_TOKENS
         body = [x[:, :, begin : begin + units * unit] for x in (k, v)]
-        weights = [] if step.weigh is None else [step.weigh(body[0], begin)]
-        body = [*smoothed(view, spec, body, step.packed), *weights]
+        find_smooth(view, spec, body, step.packed)
+        body += [] if step.weigh is None else [step.weigh(body[0], begin)]
         if done > 0:
-            page = view.table[:, skipped : skipped + done]
+            page, factors = view.table[:, skipped : skipped + done], smooth_factors(view, spec)
             at = (begin + torch.arange(done, device=k.device) * PAGE_TOKENS).expand_as(page)
             full = [x[:, :, : done * PAGE_TOKENS].unflatten(2, (done, -1)) for x in body]
-            run_k, run_v, *weights = (x.transpose(1, 2) for x in full)
-            for run, pages, one in (run_k, view.key, spec.key), (run_v, view.value, spec.value):
-                quantize_pack(pages, one, run, page, page * 0, *standing(one, at, weights))
+            runs, specs = [x.transpose(1, 2) for x in full], (spec.key, spec.value)
+            for run, pages, one, f in zip(runs[:2], view[:2], specs, factors, strict=True):
+                where = standing(one, at, runs[2:])
+                quantize_pack(pages, one, run, page, page * 0, None, f, *where)
         body = [x[:, :, done * PAGE_TOKENS :] for x in body]
         units -= done * PAGE_TOKENS // unit
     elif units:
         body = _leaving(view, spec, k, v, step.position, start, units)
-        weights = [] if step.weigh is None else [step.weigh(body[0], sinks + start)]
-        body = [*smoothed(view, spec, body, step.packed), *weights]
+        find_smooth(view, spec, body, step.packed)
+        body += [] if step.weigh is None else [step.weigh(body[0], sinks + start)]
     if units:
         first = start[:, None]
         if units > 1 or done:

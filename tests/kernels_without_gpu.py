@@ -23,6 +23,7 @@ from kivi.kernels import (
     triton_mapped,
     triton_portable,
     triton_quantize,
+    triton_quantize_mapped,
 )
 from kivi.quantize import empty_pages
 
@@ -33,6 +34,7 @@ TARGETS = {
 }
 Q = QuantSpec
 KIVI = KVSpec(Q(2, "channel", 32), Q(2, "token", 32), 32, 4)
+PLUMB = Q(2, "token", None, "unbiased", transform="hadamard", center=128, smooth="outliers")
 
 
 class Driver:
@@ -59,6 +61,7 @@ def become(target: GPUTarget) -> None:
     triton_portable._multiprocessors = lambda device: 132
     generation = target.arch // 10 if nvidia else 0
     triton_fast._gpu = lambda device: (132 * nvidia, 163 * 1024, generation)
+    triton_quantize_mapped.FAST = nvidia
     triton_quantize._has_pairs = lambda device: nvidia
     torch.cuda.device = lambda device: nullcontext()  # type: ignore[misc, assignment]
     triton_decode._library.impl("decode_attention", triton_decode._decode_attention, "CPU")
@@ -88,13 +91,15 @@ def pack(
     unit: int,
     dtype: torch.dtype = torch.bfloat16,
     masked: bool = False,
+    smooth: bool = False,
 ) -> None:
     """n runs of a unit in each row, as a prompt or a decode step passes them."""
     x = torch.empty(rows, 2, n * unit, 128, dtype=dtype).unflatten(2, (n, unit)).transpose(1, 2)
     page = torch.zeros(rows, n, dtype=torch.int64)
     valid = torch.ones(unit, dtype=torch.bool) if masked else None
     pages = empty_pages(spec, 2, 2, 128, dtype)
-    triton_quantize.quantize_pack(pages, spec, x, page, page, valid)
+    factors = torch.ones(rows, 2, 128) if smooth else None
+    triton_quantize.quantize_pack(pages, spec, x, page, page, valid, factors)
 
 
 def few_calls() -> None:
@@ -104,8 +109,7 @@ def few_calls() -> None:
     decode(KIVI, 1, 4, 2, 32, sliding_window=40, softcap=2.0)
     other = KVSpec(Q(8, "token", 16, "symmetric"), Q(4, "channel", 64), 0)
     decode(other, d=48, dtype=torch.bfloat16, s_aux=torch.zeros(8))
-    plumb = Q(2, "token", None, "unbiased", transform="hadamard", center=128, smooth="outliers")
-    decode(KVSpec(plumb, plumb), d=128)
+    decode(KVSpec(PLUMB, PLUMB), d=128)
     rotated = Q(4, "token", None, "symmetric", transform="hadamard")
     decode(KVSpec(rotated, rotated), 1, 1, 3, d=64, dtype=torch.bfloat16, softcap=2.0)
     mixed = KVSpec(Q(4, "channel", 64), Q(2, "token", 64), 0)
@@ -116,6 +120,7 @@ def few_calls() -> None:
     pack(Q(3, "token", 16, "least_squares"), 2, 1, 32, torch.float16, masked=True)
     pack(Q(8, "channel", 128, "symmetric"), 2, 1, 128, torch.float32)
     pack(None, 1, 2, 512)
+    pack(PLUMB, 2, 2, 512, smooth=True)
 
 
 def many_calls() -> None:
@@ -130,9 +135,11 @@ def many_calls() -> None:
         for n in (1, 2, 3, 15, 16, 32):
             pack(Q(2, "channel", 32), batch, n, 512)
             pack(Q(2, "token", 32), batch, n, 512)
+            pack(PLUMB, batch, n, 512, smooth=True)
             pack(None, batch, n, 512)
         pack(Q(2, "channel", 32), batch, 1, 32)
         pack(Q(2, "token", 32), batch, 1, 32)
+        pack(PLUMB, batch, 1, 128, smooth=True)
 
 
 def recorded(calls: Callable[[], None]) -> dict[str, dict[str, tuple]]:

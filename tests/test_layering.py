@@ -20,6 +20,7 @@ LAYERS = (
     ("kivi.checks",),
     ("kivi.packing",),
     ("kivi.grids", "kivi.transforms", "kivi.codebooks"),
+    ("kivi.opaque",),
     ("kivi.quantize",),
     ("kivi.view",),
     ("kivi.kernels.reference", "kivi.kernels.sparse", "kivi.kernels.triton_*"),

@@ -33,7 +33,7 @@ from test_triton_decode import (
 
 from kivi import KVSpec, LayerCache
 from kivi.attention import get_ops
-from kivi.kernels import reference, triton_extend, triton_extend_portable, triton_formats
+from kivi.kernels import reference, triton_extend_portable, triton_formats
 from kivi.kernels import triton_extend_hopper as hopper
 from kivi.kernels.reference import exact_positions
 from kivi.kernels.triton_extend import extend_attention
@@ -248,7 +248,7 @@ OPTIONS = [
 )
 def test_options(kind: str, options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     splits = 3 if kind == "split" else 1
-    monkeypatch.setattr(triton_extend, "_division", lambda *_: splits)
+    monkeypatch.setattr(triton_extend_portable, "division", lambda *_: splits)
     padding = [0, 30] if kind == "padded" else None
     t = 36 if kind == "split" else 70
     at = state(KIVI, [420, 40], t, 2, 2, padding=padding, past=kind != "none")
@@ -263,7 +263,7 @@ def test_options(kind: str, options: dict, monkeypatch: pytest.MonkeyPatch) -> N
 def test_any_division_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     at, results = state(KIVI, [600, 3], 9, 3), []
     for splits in (1, 2, 7, 30):
-        monkeypatch.setattr(triton_extend, "_division", lambda *_, splits=splits: splits)
+        monkeypatch.setattr(triton_extend_portable, "division", lambda *_, splits=splits: splits)
         results.append(check(at))
         again = extend_attention(*at[2:5], at.view, at.spec, at.position, 0.2)
         assert all(torch.equal(a, b) for a, b in zip(results[-1], again, strict=True))
@@ -275,8 +275,8 @@ def test_any_division_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("tiles", [8, 80, 800])
 @pytest.mark.parametrize("programs", [1, 30, 300, 5000])
 def test_division_is_sensible(programs: int, tiles: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_extend, "_multiprocessors", lambda _: 132)
-    splits = triton_extend._division(programs, tiles, 1, torch.device("cpu"))
+    monkeypatch.setattr(triton_extend_portable, "_multiprocessors", lambda _: 132)
+    splits = triton_extend_portable.division(programs, tiles, 1, torch.device("cpu"))
     assert 1 <= splits <= max(1, tiles // 4)
     if programs == 5000 or tiles == 8:
         assert splits <= 2
@@ -449,7 +449,7 @@ def test_common_formats(
 ) -> None:
     o = options.get
     if "splits" in options:
-        monkeypatch.setattr(triton_extend, "_division", lambda *_: options["splits"])
+        monkeypatch.setattr(triton_extend_portable, "division", lambda *_: options["splits"])
     bits, grid, ratio = o("bits", 2), o("grid", "asymmetric"), o("ratio", 4)
     key = Q(bits, "channel", o("key_group", 32), grid)
     spec = KVSpec(

@@ -10,7 +10,7 @@ from test_triton_decode import _outputs_begin_as_nan  # noqa: F401
 from test_triton_extend import BRAIN, GPU, HALF, KIVI, Q, check, randn, state
 
 from kivi import KVSpec
-from kivi.kernels import triton_extend, triton_extend_hopper
+from kivi.kernels import triton_extend_hopper, triton_extend_portable
 
 pytestmark = pytest.mark.skipif(GPU, reason="runs there as it is: test_triton_extend.py")
 
@@ -58,7 +58,7 @@ def test_hopper(case: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_extend_hopper, "_is_hopper", lambda _: True)
     tuning = triton_extend_hopper.Tuning(stages=case.get("stages", 2))
     monkeypatch.setattr(triton_extend_hopper, "tuning", tuning)
-    monkeypatch.setattr(triton_extend, "_division", lambda *_: case.get("splits", 1))
+    monkeypatch.setattr(triton_extend_portable, "division", lambda *_: case.get("splits", 1))
     d, ratio, hkv = case.get("d", 64), case.get("ratio", 2), case.get("hkv", 1)
     at = state(
         case.get("spec", KIVI),

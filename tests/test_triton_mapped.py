@@ -18,10 +18,12 @@ from test_triton_decode import (  # noqa: F401
 
 from kivi import KVQuantizer, KVSpec, LayerCache, QuantSpec, store
 from kivi.attention import get_ops
-from kivi.kernels import reference, triton_mapped
+from kivi.kernels import reference, triton_extend_portable, triton_mapped
 from kivi.kernels.reference import exact_positions
 from kivi.kernels.triton_decode import decode_attention
+from kivi.kernels.triton_extend import extend_attention
 from kivi.kernels.triton_formats import is_plain, supports
+from kivi.kernels.triton_quantize import quantize_pack
 from kivi.packing import unpack
 from kivi.transforms import inverse_hadamard
 
@@ -128,6 +130,79 @@ def check(spec, lengths, t=1, ratio=2, d=32, dv=32, dtype=HALF, softcap=None, wi
     return out
 
 
+def check_extend(spec, lengths, t, ratio=2, d=32, dtype=HALF, splits=1, masked=False, **options):
+    """Many new tokens over a packed past, of which some are padding."""
+    b, longest = len(lengths), max(lengths)
+    layer = LayerCache(spec, b, 2, d, dtype=dtype, device=DEVICE, impl="eager")
+    k, v = (randn(b, 2, longest + t, d, seed=d + salt) for salt in (1, 2))
+    k = k + 3 * randn(d, seed=5)
+    k[..., 3] *= 20
+    k, v = k.to(dtype), v.to(dtype)
+    valid = torch.arange(longest, device=DEVICE) < torch.tensor(lengths, device=DEVICE)[:, None]
+    layer.append(k[:, :, :longest], v[:, :, :longest], valid)
+    view = layer._view()
+    position, visible = exact_positions(view, spec.sink_length)
+    hidden = torch.cat([~visible, torch.ones_like(visible[:, :1])], 1)
+    for x in (view.exact_key, view.exact_value):
+        x.masked_fill_(hidden[:, None, :, None], math.nan)
+    for pages in view[:2]:
+        for meta in pages[1:]:
+            if meta is not None:
+                meta[0] = math.nan
+    k, v = k[:, :, longest:].contiguous(), v[:, :, longest:].contiguous()
+    q = randn(b, 2 * ratio, t, d, seed=9).to(dtype)
+    new = view.length[:, None] + torch.arange(t, device=DEVICE)
+    mask = torch.tril(torch.ones(1, 1, t, t, dtype=torch.bool, device=DEVICE)) if masked else None
+    given = dict(mask=mask, **options)
+    out, lse = extend_attention(q, k, v, view, spec, new, d**-0.5, **given)
+    other, _ = reference.extend_attention(q, k, v, view, spec, new, d**-0.5, **given)
+    smooth = reference.smooth_factors(view, spec)
+    index = torch.arange(view.table.shape[1] * 512, device=DEVICE)
+    position = torch.cat([(spec.sink_length + index).expand(b, -1), position, new], 1)
+    visible = torch.cat([index < view.packed[:, None], visible, torch.ones_like(new).bool()], 1)
+    both = []
+    for pages, one, exact, factor, x in zip(
+        view[:2], (spec.key, spec.value), view[4:6], smooth, (k, v), strict=True
+    ):
+        past = dense(pages, one, view.table, factor, d)
+        x = torch.cat([past, exact[:, :, :-1].double(), x.double()], 2)
+        both.append(torch.where(visible[:, None, :, None], x, 0.0).repeat_interleave(ratio, 1))
+    scores = q.double() @ both[0].transpose(-1, -2) * d**-0.5
+    if options.get("softcap"):
+        scores = options["softcap"] * torch.tanh(scores / options["softcap"])
+    distance = new[:, :, None] - position[:, None]
+    near = (distance >= 0) & visible[:, None]
+    if options.get("sliding_window"):
+        near &= distance < options["sliding_window"]
+    scores = scores.masked_fill(~near[:, None], -math.inf)
+    if options.get("s_aux") is not None:
+        aux = options["s_aux"].double().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, aux], 3)
+        both[1] = torch.nn.functional.pad(both[1], (0, 0, 0, 1))
+    want, want_lse = scores.softmax(-1) @ both[1], scores.logsumexp(-1)
+    error = [float((x.double() - want).norm() / want.norm()) for x in (out, other)]
+    size = (q.double().abs() @ both[0].abs().transpose(-1, -2)).amax() * d**-0.5
+    eps = max(torch.finfo(dtype).eps, 2.0**-20)
+    assert out.isfinite().all() and out.dtype == dtype
+    assert error[0] <= 2 * error[1] + FLOOR[dtype]
+    assert (lse.double() - want_lse).abs().max() <= eps * max(1.0, float(size))
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_prompts_over_a_mapped_past(name: str) -> None:
+    check_extend(SPECS[name], [700, 33], 40)
+
+
+def test_options_of_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    plumb = SPECS["plumb"]
+    check_extend(plumb, [300, 170], 20, dtype=BRAIN)
+    check_extend(plumb, [300], 3, dtype=FULL, softcap=20.0)
+    check_extend(plumb, [700], 35, sliding_window=100)
+    check_extend(plumb, [300], 20, masked=True, s_aux=randn(4, seed=3))
+    monkeypatch.setattr(triton_extend_portable, "division", lambda *_: 3)
+    check_extend(plumb, [1, 700], 40)
+
+
 @pytest.mark.parametrize("name", SPECS)
 def test_formats(name: str) -> None:
     assert not (is_plain(SPECS[name].key) and is_plain(SPECS[name].value))
@@ -171,12 +246,15 @@ def test_what_is_served_by_what() -> None:
     small = QuantSpec(2, "token", 32, center=16)
     assert "center=16" in str(supports(small, None, 64, 64, HALF))
     device = torch.device(DEVICE)
+    ops = get_ops("triton", plumb, (64, 64), HALF, device)
+    assert ops == (quantize_pack, decode_attention, extend_attention)
+    rotated = KVSpec(ROTATED, ROTATED)
     with pytest.raises(ValueError, match="impl='triton' cannot serve"):
-        get_ops("triton", plumb, (64, 64), HALF, device)
+        get_ops("triton", rotated, (64, 64), HALF, device)
     if GPU:
-        ops = get_ops("auto", plumb, (64, 64), HALF, device)
-        assert ops.decode_attention is decode_attention
-        assert ops.quantize_pack is reference.quantize_pack
+        assert get_ops("auto", plumb, (64, 64), HALF, device) == ops
+        mixed = get_ops("auto", rotated, (64, 64), HALF, device)
+        assert mixed == ops._replace(quantize_pack=reference.quantize_pack)
 
 
 def same(bits, **options):

@@ -11,24 +11,11 @@ from torch import Tensor
 
 from kivi.kernels import triton_extend_hopper as hopper
 from kivi.kernels import triton_extend_portable as portable
-from kivi.kernels.triton_formats import flat
-from kivi.kernels.triton_portable import INTERPRETED, _multiprocessors
+from kivi.kernels.triton_extend_mapped import mapped_extend
+from kivi.kernels.triton_formats import flat, is_plain
+from kivi.kernels.triton_portable import INTERPRETED
 from kivi.kernels.triton_tile_rows import combine
 from kivi.spec import PAGE_TOKENS, TILE_ROWS, KVSpec
-
-# A share of the past for each of so many programs at most: partial results cost memory.
-MAX_SPLITS = 32
-
-
-def _division(programs: int, tiles: int, resident: int, device: torch.device) -> int:
-    """Into how many shares the tiles of a row go; nothing here may read the device."""
-    slots = resident * _multiprocessors(device)
-    most = max(1, min(MAX_SPLITS, tiles // 4, 2 * slots // programs + 4))
-    # Rounds of programs, in units of a whole row; a share costs about what a tile or two do.
-    return min(
-        range(1, most + 1),
-        key=lambda n: -(-programs * n // slots) * (1 / n + 2 / tiles) + (n > 1) * 4 / tiles,
-    )
 
 
 def _extend_attention(
@@ -84,7 +71,7 @@ def _extend_attention(
     seen = columns * PAGE_TOKENS + slots + t
     if sliding_window is not None:
         seen = min(seen, sliding_window + slots + t)
-    splits = _division(programs, -(-seen // tile), plan.resident, q.device)
+    splits = portable.division(programs, -(-seen // tile), plan.resident, q.device)
     out = torch.empty((b, hq, t, dv), dtype=q.dtype, device=q.device)
     lse = torch.empty((b, hq, t), dtype=torch.float32, device=q.device)
     part, part_lse = out, lse
@@ -219,6 +206,9 @@ def extend_attention(
         gqa = k.shape[1] != q.shape[1]
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
         return out, None
+    if view is not None and not (is_plain(spec.key) and is_plain(spec.value)):
+        options = (scale, valid, mask, sliding_window, softcap, s_aux)
+        return mapped_extend(q, k, v, view, spec, query_position, *options)
     past = (None,) * 11 if view is None else (*view.key[:3], *view.value[:3], *view[2:7])
     result: tuple[Tensor, Tensor] = torch.ops.kivi.extend_attention(
         q,

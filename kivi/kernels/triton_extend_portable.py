@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kivi.grids import symmetric_offset
 from kivi.kernels.triton_flash import extend
-from kivi.kernels.triton_portable import FAST, INTERPRETED
+from kivi.kernels.triton_portable import FAST, INTERPRETED, _multiprocessors, centered
 from kivi.kernels.triton_tile_rows import LOG2E
 from kivi.kernels.triton_tiles import padded
 
@@ -30,6 +30,21 @@ class Tuning(NamedTuple):
     stages: int
     resident: int
     registers: int | None = None
+
+
+# A share of the past for each of so many programs at most: partial results cost memory.
+MAX_SPLITS = 32
+
+
+def division(programs: int, tiles: int, resident: int, device: torch.device) -> int:
+    """Into how many shares the tiles of a row go; nothing here may read the device."""
+    slots = resident * _multiprocessors(device)
+    most = max(1, min(MAX_SPLITS, tiles // 4, 2 * slots // programs + 4))
+    # Rounds of programs, in units of a whole row; a share costs about what a tile or two do.
+    return min(
+        range(1, most + 1),
+        key=lambda n: -(-programs * n // slots) * (1 / n + 2 / tiles) + (n > 1) * 4 / tiles,
+    )
 
 
 @cache
@@ -72,20 +87,33 @@ def launch(
     softcap: float | None,
     splits: int,
     plan: Tuning,
+    total: int | None = None,
+    first: int = 0,
+    pages_only: bool | None = None,
+    centers: tuple[Tensor | None, Tensor | None] = (None, None),
+    offsets: tuple[float, float] | None = None,
 ) -> None:
-    """Fill out and lse; with more than one split, they take partial results."""
+    """Fill out and lse; with more than one split, they take partial results.
+
+    Where two launches share the work, `pages_only` says which one this is, and out and lse take
+    `total` splits, of which this one's begin at `first`. `centers`: of keys and values; `offsets`:
+    zeros over scales where no zero is stored, those of symmetric grids by default.
+    """
     b, hq, t, d = q.shape
     hkv, dv = v.shape[1], v.shape[3]
     table, exact_key = past[0], past[2]
     slots = 0 if exact_key is None else exact_key.shape[2] - 1
     ratio = hq // hkv
     blocks = -(-ratio * t // plan.rows)
+    if offsets is None:
+        offsets = (symmetric_offset(key[0] or 1), symmetric_offset(value[0] or 1))
     options = {} if plan.registers is None else {"maxnreg": plan.registers}
     extend[(b * hkv * blocks * splits,)](
         q,
         k,
         v,
         *pages,
+        *centers,
         *past,
         query_position,
         valid,
@@ -109,21 +137,27 @@ def launch(
         splits,
         sinks,
         slots - sinks,
+        total or splits,
+        first,
         D=d,
         DV=dv,
         K_BITS=key[0],
         K_CHANNEL=key[1],
         K_G=key[2],
-        K_OFFSET=symmetric_offset(key[0]) if key[0] else 0.0,
+        K_OFFSET=offsets[0],
         V_BITS=value[0],
         V_CHANNEL=value[1],
         V_G=value[2],
-        V_OFFSET=symmetric_offset(value[0]) if value[0] else 0.0,
+        V_OFFSET=offsets[1],
+        K_C=centered(centers[0]),
+        V_C=centered(centers[1]),
         ROWS=plan.rows,
         PLANES=plan.planes,
         WINDOW=sliding_window is not None,
         CAP=softcap is not None,
-        FINAL=splits == 1,
+        FINAL=(total or splits) == 1,
+        PAGES=pages_only is not False,
+        OTHERS=not pages_only,
         FAST=FAST,
         WIDE=INTERPRETED and q.dtype == torch.bfloat16,
         num_warps=plan.warps,

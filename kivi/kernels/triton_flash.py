@@ -19,7 +19,7 @@ from kivi.kernels.triton_tile_rows import LN2, LOG2E, NOTHING
 # Numbers that change from prompt to prompt: the compiled kernel stays the same.
 UNSPECIALIZED = (
     *("factor", "cap", "window", "heads", "columns", "tokens", "ratio", "blocks", "splits"),
-    *("sinks", "ring"),
+    *("sinks", "ring", "total_splits", "first_split"),
 )
 
 
@@ -34,6 +34,8 @@ def extend(
     value_words,
     value_scale,
     value_zero,
+    key_center,  # [pages, Hkv, 512 / K_C, D], what was taken off the mapped keys; or None
+    value_center,
     table,  # [B, columns]
     packed,  # [B]
     exact_key,  # [B, Hkv, sinks + ring + 1, D]
@@ -67,6 +69,8 @@ def extend(
     splits,
     sinks,
     ring,
+    total_splits,  # of this and another launch, and which of them are this one's
+    first_split,
     D: tl.constexpr,
     DV: tl.constexpr,
     K_BITS: tl.constexpr,
@@ -77,11 +81,15 @@ def extend(
     V_CHANNEL: tl.constexpr,
     V_G: tl.constexpr,
     V_OFFSET: tl.constexpr,
+    K_C: tl.constexpr,  # tokens that share a center
+    V_C: tl.constexpr,
     ROWS: tl.constexpr,
     PLANES: tl.constexpr,  # of a tile
     WINDOW: tl.constexpr,
     CAP: tl.constexpr,
     FINAL: tl.constexpr,
+    PAGES: tl.constexpr,  # whether packed pages are attended to
+    OTHERS: tl.constexpr,  # whether exact slots and new tokens are
     FAST: tl.constexpr,
     WIDE: tl.constexpr,
 ):
@@ -117,7 +125,10 @@ def extend(
     begin, n, many, own = 0, 0, 0, 0
     if PAST:
         n = tl.load(packed + b).to(tl.int32)
-        many, own = tl.cdiv(n, TOKENS), tl.cdiv(sinks + ring, TOKENS)
+        if PAGES:
+            many = tl.cdiv(n, TOKENS)
+        if OTHERS:
+            own = tl.cdiv(sinks + ring, TOKENS)
         if WINDOW:
             begin = tl.maximum(tl.min(position, 0) - window + 1 - sinks, 0) // TOKENS
             begin = tl.minimum(begin, many)
@@ -127,6 +138,8 @@ def extend(
         mask += wide_b * mask_row
     if WINDOW and mask is None and valid is None:
         new_begin = tl.maximum(first - window + 1, 0) // TOKENS
+    if not OTHERS:
+        new_begin, new_end = 0, 0
     share = tl.cdiv(many - begin + own + new_end - new_begin, splits)
     low = split * share
     high = low + share
@@ -135,7 +148,7 @@ def extend(
     total = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, tiles.padded(DV)), tl.float32)
 
-    if PAST:
+    if PAST and PAGES:
         start, stop = begin + low, tl.minimum(begin + high, many)
         if not WINDOW:
             full = tl.minimum(stop, n // TOKENS)
@@ -152,6 +165,8 @@ def extend(
                 value_words,
                 value_scale,
                 value_zero,
+                key_center,
+                value_center,
                 table + wide_b * columns,
                 h,
                 heads,
@@ -171,6 +186,8 @@ def extend(
                 V_CHANNEL,
                 V_G,
                 V_OFFSET,
+                K_C,
+                V_C,
                 PLANES,
                 False,
                 WINDOW,
@@ -192,6 +209,8 @@ def extend(
             value_words,
             value_scale,
             value_zero,
+            key_center,
+            value_center,
             table + wide_b * columns,
             h,
             heads,
@@ -211,6 +230,8 @@ def extend(
             V_CHANNEL,
             V_G,
             V_OFFSET,
+            K_C,
+            V_C,
             PLANES,
             True,
             WINDOW,
@@ -218,8 +239,9 @@ def extend(
             FAST,
             WIDE,
         )
-        low, high = low - (many - begin), high - (many - begin)
+    low, high = low - (many - begin), high - (many - begin)
 
+    if PAST and OTHERS:
         # The exact slots: sinks, then the ring.
         newest = tl.load(length + b).to(tl.int32) - 1 - sinks
         base = pair.to(tl.int64) * (sinks + ring + 1)
@@ -231,7 +253,7 @@ def extend(
             if WINDOW:
                 seen &= index[None, :] > position[:, None] - window
             m, total, acc = absorb(query, x, y, seen, m, total, acc, factor, cap, CAP, WIDE)
-        low, high = low - own, high - own
+    low, high = low - own, high - own
 
     start = new_begin + tl.maximum(low, 0)
     stop = tl.minimum(new_begin + high, new_end)
@@ -307,7 +329,7 @@ def extend(
             share_of *= keep
         tl.store(lse + index, tl.where(total_lse > NOTHING, total_lse * LN2, NOTHING), mask=real)
     else:
-        index = index * splits + split
+        index = index * total_splits + first_split + split
         tl.store(lse + index, total_lse, mask=real)
     c = tl.arange(0, tiles.padded(DV))
     x = ops.saturated(acc * share_of[:, None], out.dtype.element_ty, WIDE and FINAL)

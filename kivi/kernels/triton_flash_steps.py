@@ -7,7 +7,7 @@ import triton.language as tl
 
 from kivi.kernels import triton_tile_rows as ops
 from kivi.kernels import triton_tiles as tiles
-from kivi.kernels.triton_tile_dense import dense_tile
+from kivi.kernels.triton_tile_dense import dense_tile, plus_centers
 from kivi.kernels.triton_tile_rows import NOTHING
 from kivi.spec import PAGE_TOKENS
 
@@ -66,6 +66,8 @@ def over_pages(
     value_words,
     value_scale,
     value_zero,
+    key_center,
+    value_center,
     table,  # of the row
     h,
     heads,
@@ -85,6 +87,8 @@ def over_pages(
     V_CHANNEL: tl.constexpr,
     V_G: tl.constexpr,
     V_OFFSET: tl.constexpr,
+    K_C: tl.constexpr,
+    V_C: tl.constexpr,
     PLANES: tl.constexpr,
     MASKED: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -124,6 +128,9 @@ def over_pages(
             FAST,
             WIDE,
         )
+        if key_center is not None:
+            at = key_center + base * (PAGE // K_C * D)
+            k = plus_centers(k, at, plane, last, D, K_C, PLANES, WIDE)
         v = dense_tile(
             value_words + base * (V_ROW * DV),
             value_scale if value_scale is None else value_scale + base * V_META,
@@ -140,6 +147,9 @@ def over_pages(
             FAST,
             WIDE,
         )
+        if value_center is not None:
+            at = value_center + base * (PAGE // V_C * DV)
+            v = plus_centers(v, at, plane, last, DV, V_C, PLANES, WIDE)
         seen = None
         if MASKED:
             index = i * (32 * PLANES) + tl.arange(0, 32 * PLANES)

@@ -10,6 +10,8 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 512
 Formats = tuple[tuple[int, bool, int], tuple[int, bool, int]]
 """Bits (0: none), whether scales are per channel, and the group size, of keys and of values."""
+VECTOR = 8
+"""Neighbouring channels that a thread of `quantize_pack` has."""
 GRIDS = ("asymmetric", "symmetric", "least_squares")
 
 
@@ -47,6 +49,26 @@ def is_plain(spec: Spec | None) -> bool:
         return spec is None
     mapped = spec.transform or spec.center or spec.smooth or spec.token_norm
     return not mapped and spec.clip == 1 and spec.grid in GRIDS
+
+
+def packs(spec: Spec | None, head_dim: int) -> bool:
+    """Whether `quantize_pack` has a kernel for it."""
+    if is_plain(spec):
+        return True
+    if not isinstance(spec, QuantSpec) or spec.axis == "channel" or spec.token_norm:
+        return False
+    if spec.grid == "least_squares" or head_dim % VECTOR:
+        return False
+    pieces = spec.group(head_dim) % (lanes(head_dim) * VECTOR) == 0
+    return pieces and (spec.center is None or spec.center >= TILE_ROWS)
+
+
+def lanes(head_dim: int) -> int:
+    """Threads that share a token in `quantize_pack`: about 32 channels for each."""
+    count: int = 2 ** ((head_dim - 1) // TILE_ROWS).bit_length()
+    while head_dim % (count * VECTOR):
+        count //= 2
+    return count
 
 
 def flat(spec: Spec | None, head_dim: int) -> tuple[int, bool, int]:

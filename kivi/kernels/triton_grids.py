@@ -18,14 +18,14 @@ ROUND = tl.constexpr(12582912.0)
 
 
 @triton.jit
-def _multiply(a, b):
+def multiply(a, b):
     """`a * b`, rounded: a plain product would be contracted with the sum that takes it."""
     return tl.fma(a, b, 0.0)
 
 
 @triton.jit
-def _store(x, LIMIT: tl.constexpr, EPS: tl.constexpr, LEAST: tl.constexpr):
-    """`grids._store`."""
+def round_to(x, LIMIT: tl.constexpr, EPS: tl.constexpr, LEAST: tl.constexpr):
+    """`grids.round_to`."""
     x = tl.minimum(tl.maximum(x, -LIMIT), LIMIT)
     if EPS == 2.0**-10:  # float16, subnormals included, rounds this way in hardware
         return x.to(tl.float16).to(tl.float32)
@@ -37,9 +37,9 @@ def _store(x, LIMIT: tl.constexpr, EPS: tl.constexpr, LEAST: tl.constexpr):
 
 
 @triton.jit
-def _store_scale(scale, spread, LIMIT: tl.constexpr, EPS: tl.constexpr, LEAST: tl.constexpr):
+def store_scale(scale, spread, LIMIT: tl.constexpr, EPS: tl.constexpr, LEAST: tl.constexpr):
     """`grids._store_scale`."""
-    return tl.where(spread > 0, tl.maximum(_store(scale, LIMIT, EPS, LEAST), LEAST), 0.0)
+    return tl.where(spread > 0, tl.maximum(round_to(scale, LIMIT, EPS, LEAST), LEAST), 0.0)
 
 
 @triton.jit
@@ -128,16 +128,16 @@ def fit(
         STEPS: tl.constexpr = 0.5 if BITS == 1 else 2.0 ** (BITS - 1) - 1
         size = finite & 0x7FFF7FFF if PAIRS else tl.abs(finite)
         spread = tl.maximum(_max(size, CHANNEL), 0.0)
-        scale = _store_scale(spread * (1.0 / STEPS), spread, LIMIT, EPS, LEAST)
-        zero = _multiply(scale, -OFFSET)
+        scale = store_scale(spread * (1.0 / STEPS), spread, LIMIT, EPS, LEAST)
+        zero = multiply(scale, -OFFSET)
     else:
         low = _min(finite, CHANNEL)
         high = _max(finite, CHANNEL)
-        zero = _store(tl.where(low <= high, low, 0.0), LIMIT, EPS, LEAST) + 0.0
+        zero = round_to(tl.where(low <= high, low, 0.0), LIMIT, EPS, LEAST) + 0.0
         spread = tl.where(low <= high, high, 0.0) - zero
-        scale = _store_scale(spread * (1.0 / TOP), spread, LIMIT, EPS, LEAST)
+        scale = store_scale(spread * (1.0 / TOP), spread, LIMIT, EPS, LEAST)
     if GRID == "least_squares":
-        steps = _multiply(x - zero, _inverse(scale))
+        steps = multiply(x - zero, _inverse(scale))
         codes = _round(steps, BITS) - ROUND
         rest = tl.minimum(tl.maximum(steps - codes, -1.0), 1.0) * UNIT + ROUND - ROUND
         counts = tl.fma(x, 0.0, x) == x
@@ -145,15 +145,15 @@ def fit(
         count = tl.maximum(_sum(tl.where(counts, 1.0, 0.0), CHANNEL), 1.0)
         code_sum, rest_sum = _sum(codes, CHANNEL), _sum(rest, CHANNEL)
         squares, products = _sum(codes * codes, CHANNEL), _sum(codes * rest, CHANNEL)
-        variance = _multiply(count, squares) - _multiply(code_sum, code_sum)
-        slope = _multiply(count, products) - _multiply(code_sum, rest_sum)
+        variance = multiply(count, squares) - multiply(code_sum, code_sum)
+        slope = multiply(count, products) - multiply(code_sum, rest_sum)
         slope = tl.math.div_rn(slope, tl.maximum(variance, 1e-9))
-        shift = tl.math.div_rn(rest_sum - _multiply(slope, code_sum), count)
-        shift -= _multiply(slope, OFFSET)
-        new = scale + _multiply(scale, slope * (1.0 / UNIT))
+        shift = tl.math.div_rn(rest_sum - multiply(slope, code_sum), count)
+        shift -= multiply(slope, OFFSET)
+        new = scale + multiply(scale, slope * (1.0 / UNIT))
         refit = (variance > 0) & (new > 0) & (spread <= LIMIT)
-        moved = _store(zero + _multiply(scale, shift * (1.0 / UNIT)), LIMIT, EPS, LEAST)
-        scale = tl.where(refit, _store_scale(new, new, LIMIT, EPS, LEAST), scale)
+        moved = round_to(zero + multiply(scale, shift * (1.0 / UNIT)), LIMIT, EPS, LEAST)
+        scale = tl.where(refit, store_scale(new, new, LIMIT, EPS, LEAST), scale)
         zero = tl.where(refit, moved, zero)
     return scale, zero
 
@@ -175,11 +175,11 @@ def encode(x, scale, zero, BITS: tl.constexpr, EPS: tl.constexpr):
     """`grids.encode` of float32, as int32 with no other bit among the low 16; NaN becomes 0."""
     steps, inverse = x - zero, _inverse(scale)
     if EPS == 2.0**-7:  # the inverses of bfloat16's largest scales are subnormal: no part of them
-        steps = _round(_multiply(steps, inverse), BITS)
+        steps = _round(multiply(steps, inverse), BITS)
     else:
         # In parts of 2^BITS, because a clamp to [0, 1] is a modifier of the multiplication.
         PART: tl.constexpr = 2.0**-BITS
-        steps = tl.minimum(tl.maximum(_multiply(steps, inverse * PART), 0.0), 1.0)
+        steps = tl.minimum(tl.maximum(multiply(steps, inverse * PART), 0.0), 1.0)
         # The other bound after rounding: two bounds in a row would become one.
         steps = tl.minimum(steps + ROUND * PART, (ROUND + (2**BITS - 1)) * PART)
     return steps.to(tl.int32, bitcast=True)

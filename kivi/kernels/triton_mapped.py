@@ -168,7 +168,7 @@ if INTERPRETED:
 torch.library.register_fake("kivi::mapped_attention", _fake, lib=_library)
 
 
-def _known(spec: KVSpec, head_dim: int, value_head_dim: int) -> tuple[Formats, triton_fast.Mapped]:
+def mapping(spec: KVSpec, head_dim: int, value_head_dim: int) -> tuple[Formats, triton_fast.Mapped]:
     """What the kernels are told of a spec; the center they see."""
     both = (spec.key, head_dim), (spec.value, value_head_dim)
     ours = [(x if isinstance(x, QuantSpec) else None, size) for x, size in both]
@@ -179,7 +179,7 @@ def _known(spec: KVSpec, head_dim: int, value_head_dim: int) -> tuple[Formats, t
     return (flat(*both[0]), flat(*both[1])), mapped
 
 
-_cached = lru_cache(1024)(_known)
+_cached = lru_cache(1024)(mapping)
 
 
 def mapped_attention(
@@ -195,7 +195,7 @@ def mapped_attention(
     """`triton_decode.decode_attention` for specs with a transform, centers or smoothing."""
     short = direct(q, s_aux, cpu=INTERPRETED)
     # Compilers complain of a cache in the way.
-    of_spec = _cached if short else _known
+    of_spec = _cached if short else mapping
     formats, mapped = of_spec(spec, q.shape[3], view.exact_value.shape[3])
     key, value, state = view.key[:4], view.value[:4], (*view[2:7], query_position)
     scale, softcap = float(scale), None if softcap is None else float(softcap)

@@ -14,10 +14,10 @@ from kivi.spec import KVSpec
 __all__ = [
     "decode_attention",
     "extend_attention",
+    "packs",
     "prepare",
     "quantize_pack",
     "supports",
-    "supports_all",
 ]
 
 prepare = triton_mapped.prepare
@@ -26,7 +26,7 @@ prepare = triton_mapped.prepare
 def supports(
     spec: KVSpec, head_dims: tuple[int, int], dtype: torch.dtype, device: torch.device
 ) -> str | None:
-    """What keeps decode attention from serving a cache, or None.
+    """What keeps attention from serving a cache, or None.
 
     Args:
         spec: how it is packed.
@@ -39,6 +39,7 @@ def supports(
     return triton_formats.supports(spec.key, spec.value, *head_dims, dtype)
 
 
-def supports_all(spec: KVSpec) -> bool:
-    """Whether quantization and prompts over a packed past have kernels too."""
-    return triton_formats.is_plain(spec.key) and triton_formats.is_plain(spec.value)
+def packs(spec: KVSpec, head_dims: tuple[int, int]) -> bool:
+    """Whether quantization has a kernel too."""
+    pairs = zip((spec.key, spec.value), head_dims, strict=True)
+    return all(triton_formats.packs(one, size) for one, size in pairs)

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from kivi.grids import metadata_dtype, refit_unit, symmetric_offset
 from kivi.kernels.triton_direct import Launch, direct, on_device, stream
+from kivi.kernels.triton_formats import is_plain
 from kivi.kernels.triton_pack import copy_tokens, quantize_tiles
 from kivi.kernels.triton_portable import INTERPRETED
+from kivi.kernels.triton_quantize_mapped import quantize_pack_mapped
 from kivi.packing import widths
 from kivi.quantize import Pages
 from kivi.spec import TILE_ROWS, WORD_BITS, QuantSpec, Spec
@@ -170,8 +172,9 @@ def quantize_pack(
     page: Tensor,
     first: Tensor,
     valid: Tensor | None = None,
+    smooth: Tensor | None = None,
 ) -> None:
-    """`quantize.quantize_pack`, as the operator `kivi::quantize_pack`.
+    """`quantize.quantize_pack`, as the operators `kivi::quantize_pack` and `quantize_mapped`.
 
     Pages are contiguous. Nothing is read or written for page 0, so that a step on which no unit
     leaves the window costs next to nothing.
@@ -180,6 +183,9 @@ def quantize_pack(
         valid = valid.expand(x.shape[:-1])
         valid = valid.flatten(0, 1) if x.dim() == 5 else valid
     assert spec is None or isinstance(spec, QuantSpec)
+    if spec is not None and not is_plain(spec):
+        quantize_pack_mapped(pages, spec, x, page, first, valid, smooth)
+        return
     of_spec = (spec.bits, spec.axis, spec.group_size, spec.grid) if spec else (0, "", None, "")
     call = _op if direct(x, cpu=INTERPRETED) else torch.ops.kivi.quantize_pack.default
     call(*pages[:3], x, page, first, valid, *of_spec)

@@ -39,9 +39,10 @@ def value_asm(bits, position, dtype, offset):
     mask = ((1 << bits) - 1 << position) * 65537
 
     def both(number):
-        """A power of 2, or minus one, twice."""
-        exponent = math.frexp(number)[1] - 1
-        field = exponent + 15 << 10 if half else exponent + 127 << 7
+        """A number that the dtype has, twice."""
+        part, exponent = math.frexp(number)
+        field = int((2 * abs(part) - 1) * 2**mantissa)
+        field += exponent + 14 << 10 if half else exponent + 126 << 7
         return f"{(field + (32768 if number < 0 else 0)) * 65537:#x}"
 
     if bits > mantissa:
@@ -108,6 +109,22 @@ def _beside_any(ptr, token, G: tl.constexpr, D: tl.constexpr):
     column = tl.arange(0, padded(D))
     at = ptr + token[:, None] * (D // G) + (column // G)[None, :]
     return tl.load(at, mask=column[None, :] < D, other=0)
+
+
+@triton.jit
+def plus_centers(
+    x,
+    centers,  # of a page and head: [512 / C, D]
+    plane,
+    last,
+    D: tl.constexpr,
+    C: tl.constexpr,
+    PLANES: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """A dense tile with what was taken off its tokens."""
+    center = _beside(centers, plane, last, True, C, D, PLANES).to(tl.float32)
+    return saturated(x.to(tl.float32) + center, x.dtype, WIDE)
 
 
 @triton.constexpr_function

@@ -34,6 +34,94 @@ def insert_thirds(pointers, words, mask, plane, PLANES: tl.constexpr):
 
 
 @triton.jit
+def insert_pairs(pointers, words, plane, WIDTH: tl.constexpr, PLANES: tl.constexpr):
+    """`insert` of words two by two."""
+    if PLANES * WIDTH < 16:
+        planes = plane_weight(plane, WIDTH) * (2 ** (PLANES * WIDTH) - 1)
+        words = words | (tl.load(pointers) & ~(planes * 65537))
+    tl.store(pointers, words)
+
+
+@triton.jit
+def join_bytes(a, b, c, d):
+    """Four numbers below 256, plus ROUND as float32, as the bytes of an int32."""
+    a, b = a.to(tl.int32, bitcast=True), b.to(tl.int32, bitcast=True)
+    c, d = c.to(tl.int32, bitcast=True), d.to(tl.int32, bitcast=True)
+    # ROUND is 0x4b400000, of which the second adds 0x40000000.
+    return a + b * 256 + c * 65536 + d * 16777216 + 1958739968
+
+
+@triton.jit
+def join_signs(a, b, c, d, FAST: tl.constexpr):
+    """Bytes of an int32, 255 for each of four float32 that is negative."""
+    a, b = a.to(tl.int32, bitcast=True), b.to(tl.int32, bitcast=True)
+    c, d = c.to(tl.int32, bitcast=True), d.to(tl.int32, bitcast=True)
+    if FAST:
+        asm: tl.constexpr = """{ .reg .b32 t, u;
+            prmt.b32 t, $1, $2, 0x00fb; prmt.b32 u, $3, $4, 0xfb00; prmt.b32 $0, t, u, 0x7610; }"""
+        signs = tl.inline_asm_elementwise(asm, "=r,r,r,r,r", [a, b, c, d], tl.int32, True, 1)
+    else:
+        signs = ((a >> 31) & 255) | ((b >> 31) & 65280) | ((c >> 31) & 16711680)
+        signs |= (d >> 31) & -16777216
+    return signs
+
+
+@triton.jit
+def bytes_over(x, least):
+    """Bytes 1 where a byte of x, up to 128, is more than `least`, up to 127, else 0."""
+    return ((x + (127 - least) * 16843009) >> 7) & 16843009
+
+
+@triton.jit
+def dot_bytes(x, y, total, FAST: tl.constexpr):
+    """`total` plus the products of unsigned bytes."""
+    if FAST:
+        asm: tl.constexpr = "dp4a.u32.u32 $0, $1, $2, $3;"
+        total = tl.inline_asm_elementwise(asm, "=r,r,r,r", [x, y, total], tl.int32, True, 1)
+    else:
+        for k in tl.static_range(4):
+            total += ((x >> (8 * k)) & 255) * ((y >> (8 * k)) & 255)
+    return total
+
+
+@triton.jit
+def byte_of(x, k: tl.constexpr):
+    """The k-th byte."""
+    return (x >> (8 * k)) & 255
+
+
+@triton.jit
+def pair_of_bytes(low, high, k: tl.constexpr):
+    """The k-th and the next word of four, whose low and high halves are such bytes."""
+    first = byte_of(low, k) | (byte_of(high, k) << 8)
+    return first | (byte_of(low, k + 1) << 16) | (byte_of(high, k + 1) << 24)
+
+
+@triton.jit
+def split_thirds(codes):
+    """Codes of 3 bits in bytes as their low two bits and their third."""
+    return codes & 50529027, (codes >> 2) & 16843009
+
+
+@triton.jit
+def unpack_vector(x, LANES: tl.constexpr, VECTOR: tl.constexpr):
+    """Elements [tokens, LANES * VECTOR] as VECTOR tensors [tokens, LANES] in float32."""
+    width: tl.constexpr = tl.int16 if x.dtype.primitive_bitwidth == 16 else tl.int32
+    bits = tl.reshape(x.to(width, bitcast=True), [x.shape[0], LANES, VECTOR])
+    place = tl.arange(0, VECTOR)[None, None, :]
+    out = ()
+    for k in tl.static_range(VECTOR):
+        # A thread has them all, so that nothing is left of this but the choice of a register.
+        one = tl.sum(tl.where(place == k, bits, 0), 2)
+        if x.dtype == tl.bfloat16:
+            one = one << 16
+        elif x.dtype == tl.float16:
+            one = one.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        out = out + (one.to(tl.float32, bitcast=True),)
+    return out
+
+
+@triton.jit
 def pair(x):
     """bfloat16 elements, neighbours of the last axis as the halves of an int32."""
     bits = x.to(tl.int16, bitcast=True)

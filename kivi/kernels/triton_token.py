@@ -1,0 +1,252 @@
+"""Whole tokens in registers: a tuple with a tensor [tokens, lanes] for each channel of a thread.
+
+Channel `(piece * lanes + lane) * vector + place` of a token is element `piece * vector + place` of
+the tuple, in that lane: threads read `vector` neighbours at once, and what neighbouring channels
+do with each other stays in a thread. Nothing here leaves a layout to the compiler.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kivi.grids import MEAN_STEP
+from kivi.kernels.triton_tile_pack import unpack_vector
+
+STEP = tl.constexpr(MEAN_STEP)
+
+
+@triton.constexpr_function
+def log2(n):
+    """Of a power of two."""
+    return n.bit_length() - 1
+
+
+@triton.jit
+def some(xs, START: tl.constexpr, COUNT: tl.constexpr):
+    """COUNT elements of a tuple."""
+    out = ()
+    for k in tl.static_range(COUNT):
+        out = out + (xs[START + k],)
+    return out
+
+
+@triton.jit
+def _butterfly(xs, APART: tl.constexpr):
+    out = ()
+    for k in tl.static_range(len(xs)):
+        out = out + ((xs[k - APART] - xs[k]) if k & APART else (xs[k] + xs[k + APART]),)
+    return out
+
+
+@triton.jit
+def _butterfly_of_lanes(xs, LANES: tl.constexpr, APART: tl.constexpr):
+    lane = tl.arange(0, LANES)[None, :]
+    sign = tl.broadcast_to(tl.where((lane & APART) == 0, 1.0, -1.0), xs[0].shape)
+    other = tl.broadcast_to(lane ^ APART, xs[0].shape)
+    out = ()
+    for k in tl.static_range(len(xs)):
+        out = out + (tl.fma(xs[k], sign, tl.gather(xs[k], other, 1)),)
+    return out
+
+
+@triton.jit
+def hadamard(xs, BLOCK: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr):
+    """`transforms.hadamard`, its sums in the same order."""
+    IN_VECTOR: tl.constexpr = min(BLOCK, VECTOR)
+    IN_LANES: tl.constexpr = min(BLOCK // IN_VECTOR, LANES)
+    for k in tl.static_range(log2(IN_VECTOR)):
+        xs = _butterfly(xs, 2**k)
+    for k in tl.static_range(log2(IN_LANES)):
+        xs = _butterfly_of_lanes(xs, LANES, 2**k)
+    for k in tl.static_range(log2(BLOCK // (IN_VECTOR * IN_LANES))):
+        xs = _butterfly(xs, VECTOR * 2**k)
+    return scaled(xs, 2.0 ** -(log2(BLOCK) // 2))
+
+
+@triton.jit
+def hadamard_of_one(x, BLOCK: tl.constexpr):
+    """`transforms.hadamard` of one token [channels]."""
+    channel = tl.arange(0, x.shape[0])
+    for k in tl.static_range(log2(BLOCK)):
+        sign = tl.where((channel & 2**k) == 0, 1.0, -1.0)
+        x = tl.fma(x, sign, tl.gather(x, channel ^ 2**k, 0))
+    return x * 2.0 ** -(log2(BLOCK) // 2)
+
+
+@triton.jit
+def scaled(xs, factor):
+    """All elements times a number."""
+    out = ()
+    for k in tl.static_range(len(xs)):
+        out = out + (xs[k] * factor,)
+    return out
+
+
+@triton.jit
+def times(xs, ys):
+    """Products of elements."""
+    out = ()
+    for k in tl.static_range(len(xs)):
+        out = out + (xs[k] * ys[k],)
+    return out
+
+
+@triton.jit
+def minus(xs, ys):
+    """Differences of elements."""
+    out = ()
+    for k in tl.static_range(len(xs)):
+        out = out + (xs[k] - ys[k],)
+    return out
+
+
+@triton.jit
+def inverses(xs):
+    """Reciprocals of elements."""
+    out = ()
+    for k in tl.static_range(len(xs)):
+        out = out + (tl.math.div_rn(1.0, xs[k]),)
+    return out
+
+
+@triton.jit
+def only(xs, mask):
+    """Tokens of a mask [tokens, 1], NaN for others."""
+    out = ()
+    for k in tl.static_range(len(xs)):
+        out = out + (tl.where(mask, xs[k], float("nan")),)
+    return out
+
+
+@triton.jit
+def zeros(TOKENS: tl.constexpr, LANES: tl.constexpr, COUNT: tl.constexpr):
+    """A tuple of int32 zeros."""
+    out = ()
+    for _ in tl.static_range(COUNT):
+        out = out + (tl.zeros([TOKENS, LANES], tl.int32),)
+    return out
+
+
+@triton.jit
+def plus_scaled(xs, ys, weight):
+    """`xs + ys * weight`."""
+    out = ()
+    for k in tl.static_range(len(xs)):
+        out = out + (xs[k] + ys[k] * weight,)
+    return out
+
+
+@triton.jit
+def _largest(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def largest(xs):
+    """Of the magnitudes of tokens, [tokens, 1]; NaN where one is."""
+    peak = tl.abs(xs[0])
+    for k in tl.static_range(1, len(xs)):
+        peak = _largest(peak, tl.abs(xs[k]))
+    return tl.reduce(peak, 1, _largest, keep_dims=True)
+
+
+@triton.jit
+def range_of(xs):
+    """The least and the largest element of tokens, [tokens, 1], of those that are finite."""
+    low = tl.full(xs[0].shape, float("inf"), tl.float32)
+    high = -low
+    for k in tl.static_range(len(xs)):
+        finite = xs[k] * 0.0 == 0.0
+        low = tl.minimum(low, tl.where(finite, xs[k], float("inf")))
+        high = tl.maximum(high, tl.where(finite, xs[k], float("-inf")))
+    return tl.min(low, 1, keep_dims=True), tl.max(high, 1, keep_dims=True)
+
+
+@triton.jit
+def total(x):
+    """Of the lanes of tokens, [tokens, 1] float32, rounded once."""
+    return tl.sum(x, 1, keep_dims=True).to(tl.float32)
+
+
+@triton.jit
+def _sums(
+    source,  # of the first token
+    valid,
+    X_TOKEN: tl.constexpr,
+    valid_token,
+    D: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+    PADDED: tl.constexpr,
+    TOKENS: tl.constexpr,
+    CHECKED: tl.constexpr,
+):
+    """Sums of tokens over their number, and how many counted if CHECKED, [pieces, channels]."""
+    WIDTH: tl.constexpr = LANES * VECTOR
+    # In this order, so that no warp must wait for what another one has of a channel.
+    row = tl.arange(0, STEP)[:, None, None]
+    i = tl.arange(0, WIDTH)[None, None, :]
+    channel = tl.arange(0, PADDED // WIDTH)[None, :, None] * WIDTH + i // VECTOR * VECTOR
+    channel += i % VECTOR
+    inside = None if PADDED == D else channel < D
+    sums = tl.zeros([STEP, PADDED // WIDTH, WIDTH], tl.float32)
+    count = tl.zeros([STEP, PADDED // WIDTH, WIDTH], tl.int32)
+    for step in tl.range(TOKENS // STEP, loop_unroll_factor=1 if CHECKED else 8):
+        mask = inside
+        if valid is not None:
+            mask = tl.load(valid + (step * STEP + row) * valid_token)
+            mask = mask if inside is None else inside & mask
+        at = source + (step * STEP + row) * X_TOKEN + channel
+        x = tl.load(at, mask=mask, other=None if mask is None else 0).to(tl.float32)
+        if CHECKED:
+            finite = x * 0.0 == 0.0
+            x = tl.where(finite, x, 0.0)
+            counts = finite if mask is None else finite & mask
+            count += counts.to(tl.int32)
+        sums = tl.fma(x, 1.0 / TOKENS, sums)  # a power of two: only the sum is rounded
+    for k in tl.static_range(log2(STEP)):
+        halves = tl.reshape(sums, [2, STEP // 2 ** (k + 1), PADDED // WIDTH, WIDTH])
+        sums = tl.sum(halves, 0)
+    return tl.reshape(sums, [PADDED // WIDTH, WIDTH]), tl.sum(count, 0)
+
+
+@triton.jit
+def means(
+    source,
+    valid,
+    X_TOKEN: tl.constexpr,
+    valid_token,
+    D: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+    PADDED: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """`grids.mean`, [channels]; looks at every element only where one is not finite."""
+    MASKED: tl.constexpr = valid is not None
+    sums, count = _sums(
+        source, valid, X_TOKEN, valid_token, D, LANES, VECTOR, PADDED, TOKENS, MASKED
+    )
+    if MASKED:
+        sums *= tl.math.div_rn(TOKENS * 1.0, tl.maximum(count, 1).to(tl.float32))
+    else:
+        if tl.max(tl.max(tl.where(sums * 0.0 == 0.0, 0, 1), 1), 0) > 0:
+            sums, count = _sums(
+                source, valid, X_TOKEN, valid_token, D, LANES, VECTOR, PADDED, TOKENS, True
+            )
+            sums *= tl.math.div_rn(TOKENS * 1.0, tl.maximum(count, 1).to(tl.float32))
+    return tl.reshape(sums, [PADDED])
+
+
+@triton.jit
+def load(source, LANES: tl.constexpr, VECTOR: tl.constexpr, PIECES: tl.constexpr):
+    """Tokens in registers, of pointers [tokens, 1] to their first channels."""
+    i = tl.arange(0, LANES * VECTOR)[None, :]
+    # Tells the compiler how many neighbours to give a thread.
+    i = i // VECTOR * VECTOR + i % VECTOR
+    out = ()
+    for piece in tl.static_range(PIECES):
+        x = tl.load(source + piece * (LANES * VECTOR) + i)
+        out = out + unpack_vector(x, LANES, VECTOR)
+    return out
