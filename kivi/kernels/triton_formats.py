@@ -63,7 +63,7 @@ def packs(spec: Spec | None, head_dim: int) -> bool:
 
 def lanes(head_dim: int) -> int:
     """Threads that share a token in `quantize_pack`: about 32 channels for each."""
-    count = 2 ** ((head_dim - 1) // TILE_ROWS).bit_length()
+    count: int = 2 ** ((head_dim - 1) // TILE_ROWS).bit_length()
     while head_dim % (count * VECTOR):
         count //= 2
     return count
