@@ -19,6 +19,9 @@ from triton.runtime.driver import driver
 from kivi import KVSpec, LayerCache, QuantSpec
 from kivi.kernels import (
     triton_decode,
+    triton_extend,
+    triton_extend_mapped,
+    triton_extend_portable,
     triton_fast,
     triton_mapped,
     triton_portable,
@@ -66,6 +69,11 @@ def become(target: GPUTarget) -> None:
     torch.cuda.device = lambda device: nullcontext()  # type: ignore[misc, assignment]
     triton_decode._library.impl("decode_attention", triton_decode._decode_attention, "CPU")
     triton_mapped._library.impl("mapped_attention", triton_mapped._mapped_attention, "CPU")
+    triton_extend_portable.FAST = nvidia
+    triton_extend_portable._multiprocessors = lambda device: 132
+    triton_extend.hopper.serves = lambda *_: False
+    triton_extend._library.impl("extend_attention", triton_extend._extend_attention, "CPU")
+    triton_extend_mapped._library.impl("mapped_extend", triton_extend_mapped._extend, "CPU")
 
 
 def decode(
@@ -82,6 +90,14 @@ def decode(
     q = torch.empty(batch, 2 * ratio, t, d, dtype=dtype)
     position = torch.zeros(batch, t, dtype=torch.int64)
     triton_decode.decode_attention(q, layer._view(), spec, position, 0.1, **options)
+
+
+def prompt(spec: KVSpec) -> None:
+    """Many tokens over a packed past, by the portable kernel."""
+    layer = LayerCache(spec, 2, 2, 128, dtype=torch.float16, max_length=2000, impl="eager")
+    q, k = (torch.empty(2, heads, 64, 128, dtype=torch.float16) for heads in (8, 2))
+    position = torch.zeros(2, 64, dtype=torch.int64)
+    triton_extend.extend_attention(q, k, k, layer._view(), spec, position, 0.1)
 
 
 def pack(
@@ -116,6 +132,8 @@ def few_calls() -> None:
     decode(mixed, d=64)
     decode(KVSpec(Q(2, "channel", 128), Q(2, "token", None), 0), 40)
     decode(KVSpec(None, Q(8, "token", None)), 1, 1, max_length=60, d=32, dtype=torch.float32)
+    prompt(KIVI)
+    prompt(KVSpec(PLUMB, PLUMB))
     pack(Q(2, "channel", 32), 2, 2, 512)
     pack(Q(3, "token", 16, "least_squares"), 2, 1, 32, torch.float16, masked=True)
     pack(Q(8, "channel", 128, "symmetric"), 2, 1, 128, torch.float32)

@@ -327,8 +327,11 @@ def test_plumb():
     step = (rest**2).sum(1, keepdims=True) / (rest * level).sum(1, keepdims=True)
     for value in (False, True):
         found = back("plumb", torch.tensor(X), value)
-        # The oracle refits once more than plumb does: a code or two may differ.
-        assert np.abs(found - (center + step * level) @ matrix(64)).mean() < 0.03 * X.std()
+        # The oracle refits once more than plumb does and compares without rounding to whole parts:
+        # a code or two may differ, those that are about as far from one level as from the other.
+        want = (center + step * level) @ matrix(64)
+        assert np.abs(found - want).mean() < 0.04 * X.std()
+        assert np.linalg.norm(found - X) < 1.005 * np.linalg.norm(want - X)
 
 
 def test_fp8_is_e4m3():
