@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kivi.kernels import triton_extend_portable as portable
-from kivi.kernels.triton_mapped import inverse, mapping
+from kivi.kernels.triton_mapped import inverse, map_query, mapping
 from kivi.kernels.triton_portable import INTERPRETED
 from kivi.kernels.triton_tile_rows import combine
 from kivi.spec import PAGE_TOKENS, TILE_ROWS, KVSpec
@@ -64,13 +64,7 @@ def _extend(
         mask = mask if mask.stride(3) == 1 else mask.contiguous()
         mask = mask.expand(b, -1, -1, -1).view(torch.uint8)
     valid = None if valid is None else valid.contiguous().view(torch.uint8)
-    mapped = q.float()
-    if key_smooth is not None:
-        mapped = mapped * key_smooth.repeat_interleave(hq // hkv, 1).unsqueeze(2)
-    if blocks[0] > 1:
-        mapped = mapped @ inverse(d, blocks[0], q.device)
-    top = torch.finfo(q.dtype).max
-    mapped = mapped.clamp(-top, top).to(q.dtype)
+    mapped = map_query(q, key_smooth, blocks[0])
 
     rows = hq // hkv * t
     plan = portable.tuning(rows, max(d, dv), q.dtype, (key_bits, value_bits))

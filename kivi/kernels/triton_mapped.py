@@ -27,6 +27,23 @@ def inverse(size: int, block: int, device: torch.device) -> Tensor:
     return inverse_hadamard(torch.eye(size), block).to(device)
 
 
+def map_query(q: Tensor, smooth: Tensor | None, block: int) -> Tensor:
+    """The query `[B, Hq, T, D]` that goes with mapped keys, in q's dtype.
+
+    Args:
+        q: the query.
+        smooth: `[B, Hkv, D]`, what the keys' channels were divided by.
+        block: channels that were rotated together; 1: none.
+    """
+    x = q.float()
+    if smooth is not None:
+        x = x * smooth.repeat_interleave(q.shape[1] // smooth.shape[1], 1).unsqueeze(2)
+    if block > 1:
+        x = x @ inverse(q.shape[3], block, q.device)
+    top = torch.finfo(q.dtype).max
+    return x.clamp(-top, top).to(q.dtype)
+
+
 def prepare(spec: KVSpec, head_dims: tuple[int, int], device: torch.device) -> None:
     """Make what calls with this spec need on a device."""
     device = torch.empty(0, device=device).device  # as tensors name it
@@ -66,12 +83,7 @@ def _attend(
     b, d = q.shape[0], q.shape[3]
     hkv, dv = state[3].shape[1], state[3].shape[3]
     q = q.contiguous()
-    query = q.view(b, hkv, -1, d).float()
-    if smooth is not None and mapped.smooth[0]:
-        query = query * smooth[:, :, None, :d]
-    if mapped.block[0] > 1:
-        query = query @ inverse(d, mapped.block[0], q.device)
-    top = torch.finfo(q.dtype).max
+    factors = None if smooth is None or not mapped.smooth[0] else smooth[..., :d]
 
     def unmap(x: Tensor) -> Tensor:
         if mapped.block[1] > 1:
@@ -81,7 +93,7 @@ def _attend(
         by_head = x.view(b, hkv, -1, *x.shape[2:]) * smooth[:, :, None, None, None, -dv:]
         return by_head.flatten(1, 2)
 
-    query = query.clamp(-top, top).to(q.dtype).view(q.shape)
+    query = map_query(q, factors, mapped.block[0])
     return portable(q, query, key, value, (*state, s_aux), formats, mapped.zero, *options, unmap)
 
 
