@@ -9,7 +9,6 @@ what are those of the kernel; what the compiler and the hardware make of it is n
 
 import ast
 import functools
-import math
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +16,18 @@ from typing import Any
 
 import pytest
 import torch
+from gluon_memory import (
+    Copies,
+    Pointer,
+    Shared,
+    arrive,
+    init,
+    load,
+    memory,
+    shared,
+    store,
+    wait,
+)
 from ptx_on_cpu import inline_asm, rounded
 from torch import Tensor
 
@@ -25,7 +36,6 @@ tl = pytest.importorskip("triton.language")
 import kivi.kernels  # noqa: E402
 from kivi.kernels import triton_tile_dense  # noqa: E402
 
-PATIENCE = 20  # seconds until a wait counts as a deadlock
 FOLDER = Path(kivi.kernels.__file__).parent
 
 
@@ -45,119 +55,6 @@ class Layout(SimpleNamespace):
     @property
     def value(self) -> "Layout":
         return self
-
-
-class Pointer:
-    """Addresses in a tensor."""
-
-    def __init__(self, target: Tensor, at: Any = 0) -> None:
-        self.target, self.at = target, at
-        self.dtype = SimpleNamespace(element_ty=target.dtype)
-
-    def __add__(self, other: Any) -> "Pointer":
-        return Pointer(self.target, self.at + other)
-
-    def __getitem__(self, key: Any) -> "Pointer":
-        return Pointer(self.target, self.at[key])
-
-
-class Shared:
-    """Shared memory, and which of it has been written."""
-
-    def __init__(self, target: Tensor, written: Tensor) -> None:
-        self.target, self.written, self.dtype = target, written, target.dtype
-
-    def _part(self, function: Any) -> "Shared":
-        return Shared(function(self.target), function(self.written))
-
-    def index(self, i: Any) -> "Shared":
-        return self._part(lambda x: x[int(i)])
-
-    def slice(self, start: int, length: int, dim: int = 0) -> "Shared":
-        return self._part(lambda x: x.narrow(dim, start, length))
-
-    def permute(self, order: tuple[int, ...]) -> "Shared":
-        return self._part(lambda x: x.permute(order))
-
-    def reinterpret(self, dtype: torch.dtype, shape: list[int], _layout: object) -> "Shared":
-        assert dtype == self.dtype
-        return self._part(lambda x: x.view(shape))
-
-    _reinterpret = reinterpret
-
-    def store(self, x: Tensor) -> None:
-        assert x.shape == self.target.shape and x.dtype == self.dtype
-        self.target.copy_(x)
-        self.written.fill_(True)
-
-    def load(self, _layout: object) -> Tensor:
-        assert self.written.all(), "read before it was written"
-        return self.target.clone()
-
-
-class Copies:
-    """Asynchronous copies of a program into shared memory: late, only when they are waited for."""
-
-    def __init__(self) -> None:
-        self.groups: list[list[tuple[Shared, Tensor]]] = []
-        self.own: list[tuple[Shared, Tensor]] = []
-
-    def async_copy_global_to_shared(self, target: Shared, source: Pointer, mask: Any = True) -> None:
-        target.written.fill_(False)
-        self.own.append((target, load(source, mask)))
-
-    def commit_group(self) -> None:
-        self.groups.append(self.own)
-        self.own = []
-
-    def wait_group(self, pending: int) -> None:
-        while len(self.groups) > pending:
-            for target, x in self.groups.pop(0):
-                target.store(x)
-
-
-class Barrier:
-    """An mbarrier."""
-
-    def __init__(self) -> None:
-        self.count = self.left = self.phase = 0
-        self.changed = threading.Condition()
-
-
-def init(barrier: Barrier, count: int) -> None:
-    barrier.count = barrier.left = count
-
-
-def wait(barrier: Barrier, parity: Any) -> None:
-    with barrier.changed:
-        done = barrier.changed.wait_for(lambda: barrier.phase % 2 != int(parity), PATIENCE)
-    assert done, "deadlock"
-
-
-def arrive(barrier: Barrier, count: int = 1) -> None:
-    with barrier.changed:
-        barrier.left -= count
-        assert barrier.left >= 0
-        if barrier.left == 0:
-            barrier.left, barrier.phase = barrier.count, barrier.phase + 1
-            barrier.changed.notify_all()
-
-
-def load(pointer: Pointer, mask: Any = True, other: float = 0) -> Tensor:
-    flat, at = pointer.target.flatten(), torch.as_tensor(pointer.at)
-    inside = torch.as_tensor(mask)
-    shape = torch.broadcast_shapes(at.shape, inside.shape)
-    inside, at = inside.expand(shape), at.expand(shape)
-    assert not ((at < 0) | (at >= len(flat)))[inside].any(), "out of bounds"
-    out = torch.full(shape, other, dtype=flat.dtype)
-    out[inside] = flat[at[inside]]
-    return out
-
-
-def store(pointer: Pointer, x: Tensor, mask: Any = True) -> None:
-    at, x, inside = torch.broadcast_tensors(pointer.at, x, torch.as_tensor(mask))
-    assert not (at < 0)[inside].any(), "out of bounds"
-    pointer.target.view(-1)[at[inside]] = x[inside]
 
 
 def cast(x: Any, dtype: Any, bitcast: bool = False) -> Any:
@@ -180,7 +77,9 @@ def remainder(a: Any, b: Any) -> Any:
 
 def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     exact = a.double() * b.double() + c.double()
-    return exact.float() if a.dtype == torch.float32 else rounded(exact, a.dtype).short().view(a.dtype)
+    return (
+        exact.float() if a.dtype == torch.float32 else rounded(exact, a.dtype).short().view(a.dtype)
+    )
 
 
 def convert_layout(x: Tensor, layout: Any, assert_trivial: bool = False) -> Tensor:
@@ -225,13 +124,6 @@ def multiply(
 
 def tensors(function: Any) -> Any:
     return lambda *x: function(*map(torch.as_tensor, x))
-
-
-def shared(dtype: torch.dtype, shape: list[int], layout: object) -> Any:
-    if layout == "barriers":
-        barriers = [Barrier() for _ in range(shape[0])]
-        return SimpleNamespace(index=lambda i: barriers[int(i)])
-    return Shared(torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=torch.bool))
 
 
 def nothing(*_args: object, **_options: object) -> None:
@@ -284,25 +176,27 @@ def language() -> SimpleNamespace:
 class Values(ast.NodeTransformer):
     """Gluon's operators where torch's are others: tensors never change, integers are those of C."""
 
-    def visit_AugAssign(self, node: ast.AugAssign) -> ast.AST:  # noqa: N802
+    def visit_AugAssign(self, node: ast.AugAssign) -> ast.AST:
         assert isinstance(node.target, ast.Name)
         before = ast.Name(node.target.id, ast.Load())
         return self.visit(ast.Assign([node.target], ast.BinOp(before, node.op, node.value)))
 
-    def visit_BinOp(self, node: ast.BinOp) -> ast.AST:  # noqa: N802
+    def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
         self.generic_visit(node)
         name = {ast.FloorDiv: "quotient", ast.Mod: "remainder"}.get(type(node.op))
         if name is None:
             return node
         return ast.Call(ast.Name(name, ast.Load()), [node.left, node.right], [])
 
-    def visit_Call(self, node: ast.Call) -> ast.AST:  # noqa: N802
+    def visit_Call(self, node: ast.Call) -> ast.AST:
         self.generic_visit(node)
         if isinstance(node.func, ast.Attribute) and node.func.attr == "to":
-            return ast.Call(ast.Name("cast", ast.Load()), [node.func.value, *node.args], node.keywords)
+            return ast.Call(
+                ast.Name("cast", ast.Load()), [node.func.value, *node.args], node.keywords
+            )
         return node
 
-    def visit_Attribute(self, node: ast.Attribute) -> ast.AST:  # noqa: N802
+    def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
         self.generic_visit(node)
         if node.attr == "layout" and getattr(node.value, "attr", None) == "type":
             return ast.Constant(None)
@@ -338,17 +232,16 @@ class Kernel:
 
     def __init__(self, file: str, name: str) -> None:
         self.gl = language()
-        self.copies = SimpleNamespace()
+        self.copies = Copies()
         self.stand_ins = {
             "language": self.gl,
             "gluon": SimpleNamespace(
                 jit=lambda f=None, **_: f or (lambda g: g), constexpr_function=lambda f: f
             ),
             "async_copy": SimpleNamespace(
-                **{
-                    x: lambda *a, x=x, **b: getattr(self.copies, x)(*a, **b)
-                    for x in ("async_copy_global_to_shared", "commit_group", "wait_group")
-                }
+                async_copy_global_to_shared=lambda *x, **mask: self.copies.start(*x, **mask),
+                commit_group=lambda: self.copies.commit_group(),
+                wait_group=lambda pending: self.copies.wait_group(pending),
             ),
             "mma_v2": mma_v2,
             "gdc_launch_dependents": nothing,
@@ -394,9 +287,3 @@ class Kernel:
                 self.function(*args, **options)
 
         return launch
-
-
-def memory(x: Tensor) -> Tensor:
-    """What lies from a tensor's address on."""
-    size = x.untyped_storage().nbytes() // x.itemsize - x.storage_offset()
-    return x.as_strided((size,), (1,))
