@@ -76,7 +76,7 @@ def dense(pages, spec, table, smooth, d):
 def check(
     spec, lengths, t=1, ratio=2, d=32, dv=32, dtype=HALF, softcap=None, window=None, loud=0.0
 ):
-    """`loud`: about how much higher the scores of token 40 are, whose value is unlike others."""
+    """`loud`: about how much higher the scores of token 400 are, whose value is unlike others."""
     b, longest = len(lengths), max(lengths)
     layer = LayerCache(spec, b, 2, d, dv, dtype=dtype, device=DEVICE, impl="eager")
     k, v = (randn(b, 2, longest + t, n, seed=n + salt) for n, salt in ((d, 1), (dv, 2)))
@@ -85,9 +85,9 @@ def check(
         k[..., 3] *= 20  # a channel that varies much
     q = randn(b, 2 * ratio, t, d, seed=9).to(dtype)
     if loud:
-        k[:, :, 40] += loud * d**-0.5 * q.float().view(b, 2, -1, d).sum(2)
+        k[:, :, 400] += loud * d**-0.5 * q.float().view(b, 2, -1, d).sum(2)
         v += 1
-        v[:, :, 40] = -1
+        v[:, :, 400] = -1
     k, v = k.to(dtype), v.to(dtype)
     valid = torch.arange(longest, device=DEVICE) < torch.tensor(lengths, device=DEVICE)[:, None]
     layer.append(k[:, :, :longest], v[:, :, :longest], valid)
