@@ -28,7 +28,7 @@ from gluon_memory import (
     store,
     wait,
 )
-from ptx_on_cpu import inline_asm, rounded
+from ptx_on_cpu import inline_asm, number, rounded
 from torch import Tensor
 
 tl = pytest.importorskip("triton.language")
@@ -77,9 +77,9 @@ def remainder(a: Any, b: Any) -> Any:
 
 def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     exact = a.double() * b.double() + c.double()
-    return (
-        exact.float() if a.dtype == torch.float32 else rounded(exact, a.dtype).short().view(a.dtype)
-    )
+    if a.dtype == torch.float32:
+        return exact.float()
+    return number(rounded(exact, a.dtype), a.dtype).to(a.dtype)
 
 
 def convert_layout(x: Tensor, layout: Any, assert_trivial: bool = False) -> Tensor:
