@@ -60,14 +60,24 @@ def expected(
     return p[..., : k.shape[2]] @ v, scores.logsumexp(-1)
 
 
-def filled(spec: KVSpec, lengths: list[int], heads: int, d: int, dtype: torch.dtype) -> LayerCache:
-    """Ragged rows; channels of different size and offset; NaN wherever no token lies."""
+def filled(
+    spec: KVSpec,
+    lengths: list[int],
+    heads: int,
+    d: int,
+    dtype: torch.dtype,
+    size: float = 1.0,
+) -> LayerCache:
+    """Ragged rows; channels of different size and offset; NaN wherever no token lies.
+
+    `size`: of values.
+    """
     layer = LayerCache(spec, len(lengths), heads, d, dtype=dtype, device=DEVICE, impl="eager")
     t = max(lengths)
     valid = torch.arange(t, device=DEVICE) >= t - torch.tensor(lengths, device=DEVICE)[:, None]
     channel = 1 + 3 * torch.rand(d, device=DEVICE), 2 * torch.randn(d, device=DEVICE)
     k = torch.randn(len(lengths), heads, t, d, device=DEVICE) * channel[0] + channel[1]
-    v = torch.randn(len(lengths), heads, t, d, device=DEVICE)
+    v = size * torch.randn(len(lengths), heads, t, d, device=DEVICE)
     layer.append(k.to(dtype), v.to(dtype), valid)
     view = layer._view()
     for exact in view[4:6]:

@@ -77,9 +77,19 @@ CASES: dict[str, dict[str, Any]] = {
     "symmetric, 4 bits": {"bits": (4, 4), "groups": (64, 32), "grid": "symmetric", "d": 128},
     "least squares": {"grid": "least_squares", "dtype": BRAIN, "ratio": 1, "softcap": 30.0},
     "several tokens": {"ratio": 1, "t": 4, "lengths": [700, 300], "sinks": 3},
+    "large values": {"size": 300.0},
+    "one query": {"ratio": 1, "d": 128, "sinks": 4},
+    "one query, groups of 64, symmetric": {
+        "ratio": 1, "groups": (64, 32), "grid": "symmetric", "aux": True,
+    },
+    "one query, groups of 128, bfloat16": {
+        "ratio": 1, "groups": (128, 64), "dtype": BRAIN, "lengths": [860, 130, 1],
+    },
+    "two queries, 4 bits": {"ratio": 2, "bits": (4, 4), "groups": (64, 16), "softcap": 20.0},
     # On 16-bit ones
     "eight queries": {"ratio": 8, "bytes": False, "sinks": 4},
     "many queries, bfloat16": {"ratio": 5, "t": 2, "bytes": False, "dtype": BRAIN, "aux": True},
+    "large values, eight queries": {"size": 300.0, "ratio": 8, "bytes": False},
     "8 bits": {"bits": (8, 8), "bytes": False},
     "8 bits, symmetric": {"bits": (8, 8), "bytes": False, "grid": "symmetric", "softcap": 20.0},
     "1 bit": {"bits": (1, 1), "groups": (64, 32), "bytes": False, "d": 128, "dtype": BRAIN},
@@ -190,17 +200,19 @@ def test_independent_of_the_number_of_programs(programs: int, become: Become) ->
 # ---------------------------------------------------------------- what hardware does in the tiles
 
 
-def tiles(file: str) -> SimpleNamespace:
-    return SimpleNamespace(**Kernel(file, "MMA").names(file))
+@pytest.fixture(scope="module")
+def own() -> SimpleNamespace:
+    """All that the kernel's files define."""
+    files = Kernel("triton_gluon", "decode_kernel").files.values()
+    return SimpleNamespace(**{name: x for names in files for name, x in names.items()})
 
 
 @pytest.mark.parametrize("rows", [16, 32, 128])
-def test_lanes_hold_what_the_compiler_says(rows: int) -> None:
+def test_lanes_hold_what_the_compiler_says(rows: int, own: SimpleNamespace) -> None:
     context = ir.context()
     ir.load_dialects(context)
     builder, mma = gluon_ir.GluonOpBuilder(context), triton_tile_gluon.MMA.value
     real = builder.to_linear_layout(mma._to_ir(builder), [rows, 8])
-    own = tiles("triton_tile_bytes")
     of_heads, spelled = torch.empty(rows // 8, 8, 4), own.rows_of_heads(rows)
     for x, layout in ((torch.empty(rows, 8), real), (of_heads, spelled), (of_heads[0], own.LANES)):
         assert torch.equal(lanes_of(x), lanes_of(convert_layout(x, layout)))
@@ -208,8 +220,7 @@ def test_lanes_hold_what_the_compiler_says(rows: int) -> None:
 
 @pytest.mark.parametrize("bits", [2, 4])
 @pytest.mark.parametrize("upper", [0, 1])
-def test_products_of_bytes(bits: int, upper: int) -> None:
-    own = tiles("triton_tile_bytes")
+def test_products_of_bytes(bits: int, upper: int, own: SimpleNamespace) -> None:
     words = torch.randint(-(2**15), 2**15, (32, 64), dtype=torch.int16)
     x = torch.randint(-32600, 32601, (64, 4))
     both = own.bytes_of(words, upper, 32, 64)
@@ -227,8 +238,8 @@ def test_products_of_bytes(bits: int, upper: int) -> None:
     assert torch.equal(own.half_down(low) & 7, high & 7)
 
 
-def test_rows_of_heads() -> None:
-    own, x = tiles("triton_tile_bytes"), torch.randn(8, 4)
+def test_rows_of_heads(own: SimpleNamespace) -> None:
+    x = torch.randn(8, 4)
     assert torch.equal(own.largest_row(x), x.amax(0).expand(8, 4))
     torch.testing.assert_close(own.sum_of_rows(x), x.sum(0).expand(8, 4))
     up, down = own.to_largest(x.abs())
@@ -243,8 +254,8 @@ def test_rows_of_heads() -> None:
 
 
 @pytest.mark.parametrize("dtype", [HALF, BRAIN])
-def test_results_and_operands(dtype: torch.dtype) -> None:
-    own, x = tiles("triton_tile_gluon"), torch.randn(32, 8).to(dtype)
+def test_results_and_operands(dtype: torch.dtype, own: SimpleNamespace) -> None:
+    x = torch.randn(32, 8).to(dtype)
     assert torch.equal(own.transpose_blocks(x), x)
     assert torch.equal(own.heads_as_rows(x), torch.cat([x.mT, torch.zeros(8, 32, dtype=dtype)]))
     half = own.halves(torch.cat([x[:8], x[8:16]]).float())[1]
@@ -254,6 +265,16 @@ def test_results_and_operands(dtype: torch.dtype) -> None:
     y, z = torch.randn(2, 32, 8).to(dtype)
     error = (x.double() * y.double() - (x * y).double()).to(dtype)
     assert torch.equal(own.product_error(x, y, x * y), error)
-    more = tiles("triton_tile_bytes")
-    assert torch.equal(more.multiply_add(x, 1.5, z), (x.double() * 1.5 + z).float().to(dtype))
-    assert torch.equal(more.products(x, y.float()), x.float() * y.float())
+    assert torch.equal(own.multiply_add(x, 1.5, z), (x.double() * 1.5 + z).float().to(dtype))
+    assert torch.equal(own.products(x, y.float()), x.float() * y.float())
+
+
+@pytest.mark.parametrize("dtype", [HALF, BRAIN])
+def test_rounding_is_carried(dtype: torch.dtype, own: SimpleNamespace) -> None:
+    """A query times scales: of two channels 8 apart together, only the second one's is left."""
+    q, scales = torch.randn(64, 8).to(dtype), torch.rand(64).to(dtype)
+    exact = (q.double() * scales.double()[:, None]).view(4, 2, 8, 8)
+    got = own.scaled_query(q, scales, 64).double().view(4, 2, 8, 8)
+    bound = torch.finfo(dtype).eps / 2 * got[:, 1].abs() + torch.finfo(dtype).tiny
+    assert ((got - exact).sum(1).abs() <= bound).all()
+    assert not ((got - exact)[:, 0].abs() <= bound / 4).all()
