@@ -162,10 +162,10 @@ def test_mapped(name: str, gpu: str, become: Become, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize(("token", "ratio"), [(37, 1e3), (37, 1e5), (600, 1e25), (600, 1e45)])
-@pytest.mark.parametrize("bits", [1, 2, 4])
+@pytest.mark.parametrize(("bits", "queries"), [(1, 4), (2, 4), (2, 1), (4, 4), (4, 2)])
 @pytest.mark.parametrize("dtype", [HALF, BRAIN])
 def test_a_loud_token(
-    bits: int, token: int, ratio: float, dtype: torch.dtype, become: Become
+    bits: int, queries: int, token: int, ratio: float, dtype: torch.dtype, become: Become
 ) -> None:
     """A token of so many times the others' probability does not hide what they are together.
 
@@ -176,11 +176,11 @@ def test_a_loud_token(
     spec = KVSpec(QuantSpec(bits, "channel", 32), QuantSpec(bits, "token", 32), 32, 0)
     layer = LayerCache(spec, 1, 1, d, dtype=dtype, impl="eager")
     k, v = 0.3 * torch.randn(1, 1, n, d), 1 + 0.3 * torch.randn(1, 1, n, d)
-    q = 0.3 * torch.randn(1, 4, 1, d)
+    q = 0.3 * torch.randn(1, queries, 1, d)
     k[..., 0], k[:, :, token, 0], v[:, :, token] = 0, 8, -1
     q[..., 0] = math.log(ratio) / (8 * scale)
     layer.append(k.to(dtype), v.to(dtype))
-    check(layer, 4, 1, q=q.to(dtype))
+    check(layer, queries, 1, q=q.to(dtype))
 
 
 @pytest.mark.parametrize("programs", [1, 2, 7])
