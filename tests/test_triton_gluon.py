@@ -115,9 +115,8 @@ def layer_of(case: dict[str, Any]) -> LayerCache:
         )
     )
     spec = KVSpec(key, value, 100, case.get("sinks", 0))
-    return filled(
-        spec, case.get("lengths", [730, 60]), 2, case.get("d", 64), case.get("dtype", HALF)
-    )
+    lengths, d = case.get("lengths", [730, 60]), case.get("d", 64)
+    return filled(spec, lengths, 2, d, case.get("dtype", HALF), case.get("size", 1.0))
 
 
 RUNS = [(case, gpu) for case in CASES for gpu in ("SHARED", "ALONE")]
