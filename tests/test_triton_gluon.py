@@ -174,9 +174,10 @@ def test_a_loud_token(
     d, n, scale = 64, 1000, 64**-0.5
     spec = KVSpec(QuantSpec(bits, "channel", 32), QuantSpec(bits, "token", 32), 32, 0)
     layer = LayerCache(spec, 1, 1, d, dtype=dtype, impl="eager")
-    k, v = 0.3 * torch.randn(1, 1, n, d), 1 + 0.3 * torch.randn(1, 1, n, d)
+    k, v = 0.3 * torch.randn(1, 1, n, d), 4 + 2 * torch.randn(1, 1, n, d)
     q = 0.3 * torch.randn(1, queries, 1, d)
-    k[..., 0], k[:, :, token, 0], v[:, :, token] = 0, 8, -1
+    k[..., 0], k[:, :, token, 0] = 0, 8
+    v[:, :, token] -= 4
     q[..., 0] = math.log(ratio) / (8 * scale)
     layer.append(k.to(dtype), v.to(dtype))
     check(layer, queries, 1, q=q.to(dtype))
