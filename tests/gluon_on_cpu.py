@@ -1,12 +1,14 @@
-"""A stand-in for Gluon, just enough to run the source of the Hopper kernel on the CPU.
+"""A stand-in for Gluon, just enough to run the source of its kernels on the CPU.
 
-Tensors are torch's, layouts mean nothing, warp groups are threads and barriers are theirs; shared
-memory begins as NaN. So addresses, masks, rounding to 16 bits and the order in which warp groups
-wait for each other are those of the kernel; what the compiler and the hardware make of it is not.
+Tensors are torch's. Layouts mean nothing, but where inline assembly lets lanes exchange what they
+hold. Warp groups are threads and barriers are theirs. Shared memory may only be read once it was
+written; asynchronous copies write it when they are waited for, and from their start on it may not
+be read. So addresses, masks, rounding to 16 bits, the order of bytes and rows, and who waits for
+what are those of the kernel; what the compiler and the hardware make of it is not.
 """
 
 import ast
-import math
+import functools
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +16,19 @@ from typing import Any
 
 import pytest
 import torch
+from gluon_memory import (
+    Copies,
+    Pointer,
+    Shared,
+    arrive,
+    init,
+    load,
+    memory,
+    shared,
+    store,
+    wait,
+)
+from ptx_on_cpu import inline_asm, number, rounded
 from torch import Tensor
 
 tl = pytest.importorskip("triton.language")
@@ -21,7 +36,7 @@ tl = pytest.importorskip("triton.language")
 import kivi.kernels  # noqa: E402
 from kivi.kernels import triton_tile_dense  # noqa: E402
 
-PATIENCE = 20  # seconds until a wait counts as a deadlock
+FOLDER = Path(kivi.kernels.__file__).parent
 
 
 class Constant(int):
@@ -32,145 +47,52 @@ class Constant(int):
         return int(self)
 
 
-class Pointer:
-    """Addresses in a tensor."""
+class Layout(SimpleNamespace):
+    """Of tensors: the bases of linear ones are known."""
 
-    def __init__(self, target: Tensor, at: Any = 0) -> None:
-        self.target, self.at = target, at
-        self.dtype = SimpleNamespace(element_ty=target.dtype)
+    reg_bases = None
 
-    def __add__(self, other: Any) -> "Pointer":
-        return Pointer(self.target, self.at + other)
-
-    def __getitem__(self, key: Any) -> "Pointer":
-        return Pointer(self.target, self.at[key])
+    @property
+    def value(self) -> "Layout":
+        return self
 
 
-class Shared:
-    """Shared memory."""
-
-    def __init__(self, target: Tensor) -> None:
-        self.target, self.dtype = target, target.dtype
-
-    def index(self, i: Any) -> "Shared":
-        return Shared(self.target[int(i)])
-
-    def slice(self, start: int, length: int) -> "Shared":
-        return Shared(self.target[start : start + length])
-
-    def permute(self, order: tuple[int, ...]) -> "Shared":
-        return Shared(self.target.permute(order))
-
-    def store(self, x: Tensor) -> None:
-        assert x.shape == self.target.shape
-        self.target.copy_(x)
-
-    def load(self, _layout: object) -> Tensor:
-        return self.target.clone()
+def cast(x: Any, dtype: Any, bitcast: bool = False) -> Any:
+    """The method `to`."""
+    if isinstance(x, Pointer):
+        return Pointer(x.target.view(dtype), x.at)
+    return x.view(dtype) if bitcast else x.to(dtype)
 
 
-class Barrier:
-    """An mbarrier."""
-
-    def __init__(self) -> None:
-        self.count = self.left = self.phase = 0
-        self.changed = threading.Condition()
+def quotient(a: Any, b: Any) -> Any:
+    """`//`: of numbers that run time knows it rounds to zero."""
+    plain = not isinstance(a, Tensor) and not isinstance(b, Tensor)
+    return a // b if plain else torch.div(a, b, rounding_mode="trunc")
 
 
-def init(barrier: Barrier, count: int) -> None:
-    barrier.count = barrier.left = count
+def remainder(a: Any, b: Any) -> Any:
+    plain = not isinstance(a, Tensor) and not isinstance(b, Tensor)
+    return a % b if plain else torch.fmod(torch.as_tensor(a), b)
 
 
-def wait(barrier: Barrier, parity: Any) -> None:
-    with barrier.changed:
-        done = barrier.changed.wait_for(lambda: barrier.phase % 2 != int(parity), PATIENCE)
-    assert done, "deadlock"
+def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    exact = a.double() * b.double() + c.double()
+    if a.dtype == torch.float32:
+        return exact.float()
+    return number(rounded(exact, a.dtype), a.dtype).to(a.dtype)
 
 
-def arrive(barrier: Barrier, count: int = 1) -> None:
-    with barrier.changed:
-        barrier.left -= count
-        assert barrier.left >= 0
-        if barrier.left == 0:
-            barrier.left, barrier.phase = barrier.count, barrier.phase + 1
-            barrier.changed.notify_all()
+def convert_layout(x: Tensor, layout: Any, assert_trivial: bool = False) -> Tensor:
+    y = x.view(x.shape)
+    if layout.reg_bases is not None:
+        y.held = layout.reg_bases, layout.lane_bases, layout.shape
+    return y
 
 
-def load(pointer: Pointer, mask: Any = True, other: float = 0) -> Tensor:
-    flat, at = pointer.target.flatten(), torch.as_tensor(pointer.at)
-    inside = torch.as_tensor(mask).expand(
-        torch.broadcast_shapes(at.shape, torch.as_tensor(mask).shape)
-    )
-    at = at.expand(inside.shape)
-    assert not ((at < 0) | (at >= len(flat)))[inside].any(), "out of bounds"
-    out = torch.full(inside.shape, other, dtype=flat.dtype)
-    out[inside] = flat[at[inside]]
-    return out
-
-
-def store(pointer: Pointer, x: Tensor, mask: Tensor) -> None:
-    at, x, mask = torch.broadcast_tensors(pointer.at, x, mask)
-    pointer.target.view(-1)[at[mask]] = x[mask]
-
-
-def bits_of(x: Tensor) -> Tensor:
-    return x.contiguous().view(torch.int16).long() & 0xFFFF
-
-
-def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The bits of float64 numbers, rounded once."""
-    y = x.float()
-    # To odd, where float32 is between: then the second rounding is as if there were no first.
-    wrong = (y.double() != x) & y.isfinite() & (y.view(torch.int32) % 2 == 0)
-    toward = torch.where(y.double() < x, torch.inf, -torch.inf).float()
-    return bits_of(torch.where(wrong, torch.nextafter(y, toward), y).to(dtype))
-
-
-def run_ptx(text: str, dtype: torch.dtype, **registers: Tensor) -> Tensor:
-    """`$0` of instructions on pairs of 16 bits, for one half; registers hold bits."""
-
-    def number(x: Tensor) -> Tensor:
-        return x.to(torch.int16).view(dtype).double()
-
-    for line in text.strip("{} ").split(";"):
-        name, _, rest = line.strip().partition(" ")
-        if name in ("", ".reg"):
-            continue
-        target, *sources = rest.replace(" ", "").split(",")
-        x = [registers[s] if s in registers else torch.tensor(int(s, 16) % 2**16) for s in sources]
-        if name == "mov.b32":
-            value = x[0]
-        elif name == "and.b32":
-            value = x[0] & x[1]
-        elif name == "lop3.b32":
-            assert sources[3] == "0xEA"
-            value = x[0] & x[1] | x[2]
-        elif name.startswith("fma.rn."):
-            a, b, c = map(number, x)
-            value = rounded(a * b + c, dtype)
-        else:
-            a, b = map(number, x)
-            limit = {"min.f16x2": torch.minimum, "max.f16x2": torch.maximum}[name]
-            value = rounded(limit(a, b), dtype)
-        registers[target] = value
-    return number(registers["$0"])
-
-
-def inline_asm(
-    text: str,
-    _constraints: str,
-    args: list[Tensor],
-    dtype: torch.dtype,
-    is_pure: bool,
-    pack: int,
-) -> Tensor:
-    assert is_pure and pack == 2 and len({x.shape for x in args}) == 1
-    registers = {f"${i + 1}": bits_of(x) for i, x in enumerate(args)}
-    return run_ptx(text, dtype, **registers).to(dtype)
-
-
-def move_down(words: Tensor, count: Any) -> Tensor:
-    return (bits_of(words) // 2 ** int(count)).to(torch.int16)
+def mma_v2(a: Tensor, b: Tensor, acc: Tensor) -> Tensor:
+    product = a.double() @ b.double()
+    assert product.shape == acc.shape and a.dtype == b.dtype
+    return acc + product.to(acc.dtype)
 
 
 def specialize(jobs: list, warps: list[int], registers: list[int]) -> None:
@@ -195,8 +117,8 @@ def specialize(jobs: list, warps: list[int], registers: list[int]) -> None:
 def multiply(
     a: Any, b: Shared, acc: Tensor, use_acc: bool = True, is_async: bool = False
 ) -> Tensor:
-    a = a.target if isinstance(a, Shared) else a
-    product = (a.double() @ b.target.double()).float()
+    a = a.load(None) if isinstance(a, Shared) else a
+    product = (a.double() @ b.load(None).double()).float()
     return acc + product if use_acc else product
 
 
@@ -204,25 +126,24 @@ def tensors(function: Any) -> Any:
     return lambda *x: function(*map(torch.as_tensor, x))
 
 
-def shared(dtype: torch.dtype, shape: list[int], layout: object) -> Any:
-    if layout == "barriers":
-        barriers = [Barrier() for _ in range(shape[0])]
-        return SimpleNamespace(index=lambda i: barriers[int(i)])
-    return Shared(torch.full(shape, math.nan if dtype.is_floating_point else -1, dtype=dtype))
-
-
 def nothing(*_args: object, **_options: object) -> None:
     return None
+
+
+def linear(reg_bases: list, lane_bases: list, shape: list[int], **_: object) -> Layout:
+    return Layout(reg_bases=reg_bases, lane_bases=lane_bases, shape=shape)
 
 
 def language() -> SimpleNamespace:
     gl = SimpleNamespace(
         constexpr=lambda x: Constant(x) if type(x) is int else x,
-        arange=lambda a, b, layout: torch.arange(a, b),
+        shared_memory_descriptor=Shared,
+        pointer_type=lambda dtype: dtype,
+        arange=lambda a, b, layout: torch.arange(a, b, dtype=torch.int32),
         load=load,
         store=store,
         broadcast=torch.broadcast_tensors,
-        convert_layout=lambda x, layout, assert_trivial=False: x,
+        convert_layout=convert_layout,
         inline_asm_elementwise=inline_asm,
         allocate_shared_memory=shared,
         warp_specialize=specialize,
@@ -231,51 +152,99 @@ def language() -> SimpleNamespace:
         cdiv=lambda a, b: -(-a // b),
         minimum=tensors(torch.minimum),
         maximum=tensors(torch.maximum),
-        where=torch.where,
-        exp2=torch.exp2,
-        log2=torch.log2,
+        where=lambda condition, x, y: torch.where(torch.as_tensor(condition), x, y),
+        fma=fma,
         max=torch.amax,
-        sum=torch.sum,
+        sum=lambda x, axis: x.sum(axis, dtype=x.dtype),
+        associative_scan=lambda x, axis, _add: x.cumsum(axis, dtype=x.dtype),
+        join=lambda x, y: torch.stack([x, y], -1),
+        split=lambda x: x.unbind(-1),
         zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
         full=lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype),
+        DistributedLinearLayout=linear,
     )
-    for name in ("float16", "float32", "int32", "int64"):
+    for name in ("int8", "int16", "float16", "float32", "int32", "int64"):
+        setattr(gl, name, getattr(torch, name))
+    for name in ("abs", "exp2", "log2", "permute", "zeros_like", "full_like"):
         setattr(gl, name, getattr(torch, name))
     for name in ("Slice", "Blocked", "NVMMADistributed", "DotOperand", "NVMMAShared"):
-        setattr(gl, f"{name}Layout", nothing)
+        setattr(gl, f"{name}Layout", lambda *_, **__: Layout())
+    gl.SwizzledSharedLayout = gl.SliceLayout
     return gl
 
 
-def definitions(name: str, wanted: tuple[str, ...] = ()) -> list[ast.stmt]:
+class Values(ast.NodeTransformer):
+    """Gluon's operators where torch's are others: tensors never change, integers are those of C."""
+
+    def visit_AugAssign(self, node: ast.AugAssign) -> ast.AST:
+        assert isinstance(node.target, ast.Name)
+        before = ast.Name(node.target.id, ast.Load())
+        return self.visit(ast.Assign([node.target], ast.BinOp(before, node.op, node.value)))
+
+    def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
+        self.generic_visit(node)
+        name = {ast.FloorDiv: "quotient", ast.Mod: "remainder"}.get(type(node.op))
+        if name is None:
+            return node
+        return ast.Call(ast.Name(name, ast.Load()), [node.left, node.right], [])
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        self.generic_visit(node)
+        if isinstance(node.func, ast.Attribute) and node.func.attr == "to":
+            return ast.Call(
+                ast.Name("cast", ast.Load()), [node.func.value, *node.args], node.keywords
+            )
+        return node
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
+        self.generic_visit(node)
+        if node.attr == "layout" and getattr(node.value, "attr", None) == "type":
+            return ast.Constant(None)
+        return node
+
+
+@functools.cache
+def source(name: str) -> list[ast.stmt]:
+    path = FOLDER / f"{name}.py"
+    return ast.parse(path.read_text(encoding="utf-8"), str(path)).body
+
+
+@functools.cache
+def code(name: str) -> Any:
     """What a kernel file defines, imports left out."""
-    path = Path(kivi.kernels.__file__).with_name(f"{name}.py")
-    body = ast.parse(path.read_text(encoding="utf-8"), str(path)).body
-    kept = [x for x in body if not isinstance(x, ast.Import | ast.ImportFrom)]
-    return [x for x in kept if not wanted or getattr(x, "name", None) in wanted]
+    kept = [x for x in source(name) if not isinstance(x, ast.Import | ast.ImportFrom)]
+    module = Values().visit(ast.Module(kept, []))
+    return compile(ast.fix_missing_locations(module), str(FOLDER / f"{name}.py"), "exec")
+
+
+def typed(function: Any) -> Any:
+    """A constexpr function of the other kernels', with torch's dtypes for Triton's."""
+    kinds = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+    def call(*arguments: Any) -> Any:
+        return function.fn(*(kinds[x] if isinstance(x, torch.dtype) else x for x in arguments))
+
+    return call
 
 
 class Kernel:
-    """Stands in for `triton_hopper.extend_hopper`: launched in the same way."""
+    """Stands in for a Gluon kernel of a file: launched in the same way."""
 
-    def __init__(self) -> None:
-        kinds = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-
-        def typed(function: Any) -> Any:
-            """With torch's dtypes for Triton's."""
-
-            def call(*arguments: Any) -> Any:
-                return function.fn(
-                    *(kinds[x] if isinstance(x, torch.dtype) else x for x in arguments)
-                )
-
-            return call
-
+    def __init__(self, file: str, name: str) -> None:
         self.gl = language()
-        self.names = {
-            "gl": self.gl,
+        self.copies = Copies()
+        self.stand_ins = {
+            "language": self.gl,
             "gluon": SimpleNamespace(
                 jit=lambda f=None, **_: f or (lambda g: g), constexpr_function=lambda f: f
             ),
+            "async_copy": SimpleNamespace(
+                async_copy_global_to_shared=lambda *x, **mask: self.copies.start(*x, **mask),
+                commit_group=lambda: self.copies.commit_group(),
+                wait_group=lambda pending: self.copies.wait_group(pending),
+            ),
+            "mma_v2": mma_v2,
+            "gdc_launch_dependents": nothing,
             "hopper": SimpleNamespace(
                 fence_async_shared=nothing,
                 warpgroup_mma=multiply,
@@ -284,32 +253,37 @@ class Kernel:
             "mbarrier": SimpleNamespace(
                 init=init, wait=wait, arrive=arrive, MBarrierLayout=lambda: "barriers"
             ),
-            "move_down": move_down,
-            "value_asm": typed(triton_tile_dense.value_asm),
-            "below_mantissa": typed(triton_tile_dense.below_mantissa),
-            "LOG2_E": math.log2(math.e),
-            "NOTHING": -1e30,
-            "FLAT": None,
         }
-        for name, wanted in (
-            ("triton_tile_hopper", ()),
-            ("triton_hopper_steps", ()),
-            ("triton_hopper", ()),
-        ):
-            code = compile(ast.Module(definitions(name, wanted), []), name, "exec")
-            exec(code, self.names)
+        self.files: dict[str, dict[str, Any]] = {}
+        self.function = self.names(file)[name]
 
-    def __getitem__(self, grid: tuple[int]) -> Any:
+    def names(self, file: str) -> dict[str, Any]:
+        """What a file of Gluon code defines and imports."""
+        if file not in self.files:
+            names: dict[str, Any] = {"cast": cast, "quotient": quotient, "remainder": remainder}
+            for node in source(file):
+                if isinstance(node, ast.ImportFrom):
+                    for x in node.names:
+                        names[x.asname or x.name] = self.imported(str(node.module), x.name)
+            exec(code(file), names)
+            self.files[file] = names
+        return self.files[file]
+
+    def imported(self, module: str, name: str) -> Any:
+        if not module.startswith("kivi."):
+            return self.stand_ins[name]
+        file = module.rpartition(".")[2]
+        if file == "triton_tile_dense":  # plain Triton
+            return typed(getattr(triton_tile_dense, name))
+        return self.names(file)[name]
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def launch(*args: Any, num_warps: int, **options: Any) -> None:
             args = tuple(Pointer(memory(x)) if isinstance(x, Tensor) else x for x in args)
+            self.gl.num_programs = lambda _: grid[0]
             for program in range(grid[0]):
-                self.gl.program_id = lambda _, program=program: torch.tensor(program)
-                self.names["extend_hopper"](*args, **options)
+                self.gl.program_id = lambda _, program=program: torch.tensor(program).int()
+                self.copies = Copies()
+                self.function(*args, **options)
 
         return launch
-
-
-def memory(x: Tensor) -> Tensor:
-    """What lies from a tensor's address on."""
-    size = x.untyped_storage().nbytes() // x.itemsize - x.storage_offset()
-    return x.as_strided((size,), (1,))

@@ -16,6 +16,7 @@ from kivi.quantize import Pages
 from kivi.view import CacheView
 
 pytestmark = pytest.mark.gpu
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float16, torch.bfloat16)
 
 
@@ -59,14 +60,24 @@ def expected(
     return p[..., : k.shape[2]] @ v, scores.logsumexp(-1)
 
 
-def filled(spec: KVSpec, lengths: list[int], heads: int, d: int, dtype: torch.dtype) -> LayerCache:
-    """Ragged rows; channels of different size and offset; NaN wherever no token lies."""
-    layer = LayerCache(spec, len(lengths), heads, d, dtype=dtype, device="cuda", impl="eager")
+def filled(
+    spec: KVSpec,
+    lengths: list[int],
+    heads: int,
+    d: int,
+    dtype: torch.dtype,
+    size: float = 1.0,
+) -> LayerCache:
+    """Ragged rows; channels of different size and offset; NaN wherever no token lies.
+
+    `size`: of values.
+    """
+    layer = LayerCache(spec, len(lengths), heads, d, dtype=dtype, device=DEVICE, impl="eager")
     t = max(lengths)
-    valid = torch.arange(t, device="cuda") >= t - torch.tensor(lengths, device="cuda")[:, None]
-    channel = 1 + 3 * torch.rand(d, device="cuda"), 2 * torch.randn(d, device="cuda")
-    k = torch.randn(len(lengths), heads, t, d, device="cuda") * channel[0] + channel[1]
-    v = torch.randn(len(lengths), heads, t, d, device="cuda")
+    valid = torch.arange(t, device=DEVICE) >= t - torch.tensor(lengths, device=DEVICE)[:, None]
+    channel = 1 + 3 * torch.rand(d, device=DEVICE), 2 * torch.randn(d, device=DEVICE)
+    k = torch.randn(len(lengths), heads, t, d, device=DEVICE) * channel[0] + channel[1]
+    v = size * torch.randn(len(lengths), heads, t, d, device=DEVICE)
     layer.append(k.to(dtype), v.to(dtype), valid)
     view = layer._view()
     for exact in view[4:6]:
@@ -119,13 +130,16 @@ def check(
     t: int,
     softcap: float | None = None,
     aux: bool = False,
+    q: Tensor | None = None,
 ) -> None:
+    """Against float64; twice, and the same. `q`: of the layer's dtype, else random."""
     spec, view, d = layer.spec, layer._view(), layer.head_dim
-    lengths = torch.tensor(layer.lengths(), device="cuda")
+    lengths = torch.tensor(layer.lengths(), device=DEVICE)
     hq = ratio * layer.num_kv_heads
-    q = torch.randn(len(lengths), hq, t, d, device="cuda").to(layer.dtype)
-    position = (lengths[:, None] - t + torch.arange(t, device="cuda")).contiguous()
-    s_aux = torch.randn(hq, device="cuda").to(layer.dtype) if aux else None
+    if q is None:
+        q = torch.randn(len(lengths), hq, t, d, device=DEVICE).to(layer.dtype)
+    position = (lengths[:, None] - t + torch.arange(t, device=DEVICE)).contiguous()
+    s_aux = torch.randn(hq, device=DEVICE).to(layer.dtype) if aux else None
     options = (d**-0.5, softcap, s_aux)
     out, lse = run(q, view, spec, position, *options)
     again = run(q, view, spec, position, *options)
@@ -210,8 +224,8 @@ def test_independent_of_the_number_of_programs(resident, monkeypatch):
     torch.manual_seed(0)
     spec = KVSpec(QuantSpec(2, "channel", 32), QuantSpec(2, "token", 32))
     layer = filled(spec, [3000, 700, 20], 2, 128, torch.float16)
-    q = torch.randn(3, 8, 1, 128, device="cuda").half()
-    position = torch.tensor([[2999], [699], [19]], device="cuda")
+    q = torch.randn(3, 8, 1, 128, device=DEVICE).half()
+    position = torch.tensor([[2999], [699], [19]], device=DEVICE)
     out, lse = run(q, layer._view(), spec, position, 128**-0.5)
     monkeypatch.setattr(triton_fast, "_gpu", lambda device: (resident, 40960, 9))
     other, other_lse = run(q, layer._view(), spec, position, 128**-0.5)

@@ -54,7 +54,9 @@ def test_hopper(case: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
             launched.append(grid)
             return super().__getitem__(grid)
 
-    monkeypatch.setattr(triton_extend_hopper, "extend_hopper", Counted())
+    monkeypatch.setattr(
+        triton_extend_hopper, "extend_hopper", Counted("triton_hopper", "extend_hopper")
+    )
     monkeypatch.setattr(triton_extend_hopper, "_is_hopper", lambda _: True)
     tuning = triton_extend_hopper.Tuning(stages=case.get("stages", 2))
     monkeypatch.setattr(triton_extend_hopper, "tuning", tuning)

@@ -75,13 +75,21 @@ def dense(pages, spec, table, smooth, d):
     return x if smooth is None else x * smooth.double().unsqueeze(2)
 
 
-def check(spec, lengths, t=1, ratio=2, d=32, dv=32, dtype=HALF, softcap=None, window=None):
+def check(
+    spec, lengths, t=1, ratio=2, d=32, dv=32, dtype=HALF, softcap=None, window=None, loud=0.0
+):
+    """`loud`: about how much higher the scores of token 400 are, whose value is unlike others."""
     b, longest = len(lengths), max(lengths)
     layer = LayerCache(spec, b, 2, d, dv, dtype=dtype, device=DEVICE, impl="eager")
     k, v = (randn(b, 2, longest + t, n, seed=n + salt) for n, salt in ((d, 1), (dv, 2)))
     k = k + 3 * randn(d, seed=5)  # what a key bias adds
     if spec.key and spec.key.axis == "token":
         k[..., 3] *= 20  # a channel that varies much
+    q = randn(b, 2 * ratio, t, d, seed=9).to(dtype)
+    if loud:
+        k[:, :, 400] += loud * d**-0.5 * q.float().view(b, 2, -1, d).sum(2)
+        v += 1
+        v[:, :, 400] = -1
     k, v = k.to(dtype), v.to(dtype)
     valid = torch.arange(longest, device=DEVICE) < torch.tensor(lengths, device=DEVICE)[:, None]
     layer.append(k[:, :, :longest], v[:, :, :longest], valid)
@@ -96,7 +104,6 @@ def check(spec, lengths, t=1, ratio=2, d=32, dv=32, dtype=HALF, softcap=None, wi
         for meta in pages[1:]:
             if meta is not None:
                 meta[0] = math.nan
-    q = randn(b, 2 * ratio, t, d, seed=9).to(dtype)
     options = (d**-0.5, window, softcap)
     out, lse = decode_attention(q, view, spec, step.position, *options)
     other, _ = reference.decode_attention(q, view, spec, step.position, *options)

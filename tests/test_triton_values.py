@@ -1,6 +1,6 @@
 """What no interpreter runs: the PTX that makes numbers of codes, and compiling without a GPU.
 
-The PTX is read and executed here, one 16-bit half at a time, every rounding included.
+The PTX is read and executed by ptx_on_cpu.py, every rounding included.
 """
 
 import os
@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from gluon_on_cpu import bits_of, rounded, run_ptx, tl
+from gluon_on_cpu import tl
+from ptx_on_cpu import bits_of, number, rounded, run_ptx
 
 from kivi.grids import symmetric_offset
 from kivi.kernels.triton_tile_dense import below_mantissa, value_asm
@@ -38,9 +39,11 @@ def test_codes_become_numbers_exactly(bits: int, dtype: torch.dtype) -> None:
         code = (word >> plane * bits) % 2**bits
         for offset in (0.0, symmetric_offset(bits)):
             text = plain(value_asm)(bits, plane * bits, KINDS[dtype], offset)
-            got = run_ptx(text, dtype, **{"$1": word, "$2": bits_of(scale), "$3": bits_of(zero)})
+            registers = {"$1": word, "$2": bits_of(scale), "$3": bits_of(zero)}
+            run_ptx(text, registers)
+            got = number(registers["$0"] & 0xFFFF, dtype)
             exact = (code - offset) * scale.double() + (0.0 if offset else zero.double())
-            want = rounded(exact, dtype).to(torch.int16).view(dtype).double()
+            want = number(rounded(exact, dtype), dtype)
             assert torch.equal(got, want.clamp(-top, top) if dtype == HALF else want)
 
 
