@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from gluon_memory import WRITTEN, Shared
 from gluon_on_cpu import Kernel, convert_layout
 from one_thread import one_thread  # noqa: F401
 from ptx_on_cpu import lanes_of
@@ -134,6 +135,7 @@ def test_formats(name: str, gpu: str, become: Become) -> None:
     one = launched[0]
     assert one["BYTES"] == (case.get("bytes", True) and gpu != "MANY") and not one["MAPPED"]
     assert one["SINGLE"] == one["EARLY"] == (gpu == "ALONE")
+    assert one["TOGETHER"] == (one["BYTES"] and rows[0] * rows[1] * one["NP"] <= 4)
 
 
 MAPPED = {
@@ -200,6 +202,11 @@ def test_independent_of_the_number_of_programs(programs: int, become: Become) ->
 # ---------------------------------------------------------------- what hardware does in the tiles
 
 
+def held(x: torch.Tensor) -> Shared:
+    """In shared memory."""
+    return Shared(x, torch.full(x.shape, WRITTEN))
+
+
 @pytest.fixture(scope="module")
 def own() -> SimpleNamespace:
     """All that the kernel's files define."""
@@ -250,6 +257,32 @@ def test_rows_of_heads(own: SimpleNamespace) -> None:
         want = inverse_hadamard(y.mT, block).mT
         torch.testing.assert_close(
             own.inverse_hadamard(y.view(16, 8, 4), 128, block).view(128, 4), want
+        )
+
+
+@pytest.mark.parametrize("planes", [2, 4])
+def test_slots_of_planes(planes: int, own: SimpleNamespace) -> None:
+    plane, x = torch.arange(4) % planes, torch.randn(8, 4)
+    assert torch.equal(own.plane_of_slot(planes), plane.expand(8, 4).int())
+    assert torch.equal(own.by_plane(2.0, -3, 4, planes)[0], 2.0 ** -(3.0 * plane % 4))
+    by_head = x.view(8, 4 // planes, planes)
+    for got, want in (
+        (own.largest_plane(x, planes), by_head.amax(-1, keepdim=True)),
+        (own.sum_of_planes(x, planes), by_head.sum(-1, keepdim=True)),
+    ):
+        torch.testing.assert_close(got.view(by_head.shape), want.expand(by_head.shape))
+    numbers = torch.randn(planes, 32, 2).half()
+    got = own.plane_numbers(held(numbers), planes, 2)
+    assert torch.equal(got, numbers.view(planes, 4, 8, 2).permute(1, 2, 0, 3)[:, :, plane])
+    for groups in {1, 2, planes}:
+        numbers = torch.randn(groups, 64).half()
+        got = own.group_numbers(held(numbers), planes, groups, 64)
+        want = numbers.view(groups, 8, 8)[plane * groups // planes].permute(1, 2, 0)
+        assert torch.equal(got, want.float())
+    masks = own.plane_masks(planes)
+    for i in range(planes):
+        assert torch.equal(
+            masks[i], -(plane == i).repeat_interleave(2).expand(32, 8).to(torch.int8)
         )
 
 

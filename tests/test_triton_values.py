@@ -78,7 +78,8 @@ from kivi.kernels.triton_flash import extend
 for target in (cuda, hip):
     fast = target is cuda
     asm = build(ASTSource, extend, target, dict(
-        mask=None, D=64, DV=64, K_BITS=2, K_CHANNEL=True, K_G=32, K_OFFSET=2.0, V_BITS=4,
+        mask=None, key_center=None, value_center=None, K_C=32, V_C=32, PAGES=True, OTHERS=True,
+        D=64, DV=64, K_BITS=2, K_CHANNEL=True, K_G=32, K_OFFSET=2.0, V_BITS=4,
         V_CHANNEL=False, V_G=32, V_OFFSET=8.0, ROWS=64, PLANES=2, WINDOW=False, CAP=False,
         FINAL=True, FAST=fast, WIDE=False), num_warps=4)
     assert ("wgmma" in asm["ptx"]) if fast else ("mfma" in asm["amdgcn"])
