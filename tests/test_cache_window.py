@@ -67,9 +67,9 @@ def test_a_prompt_packs_only_what_stays(monkeypatch: pytest.MonkeyPatch) -> None
     layer = new(sliding_window=WINDOW)
     op = layer._ops.quantize_pack
 
-    def count(pages, spec, x, page, first):
+    def count(pages, spec, x, page, first, *rest):
         packed.append(page.numel() * x.shape[-2])
-        op(pages, spec, x, page, first)
+        op(pages, spec, x, page, first, *rest)
 
     layer._ops = layer._ops._replace(quantize_pack=count)
     layer.append(*tokens(layer, 3000))
