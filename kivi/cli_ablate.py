@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -113,6 +114,7 @@ def run_ablate(given: AblateOptions, console: Console, progress_console: Console
         loaded = open_model(options.model, options.device, options.dtype)
         check_context(loaded.model, options.context)
         tokens, text_name = loaded.text_tokens(options.text)
+        schemes = fitting(schemes, options.schemes, loaded.head_dim, progress_console)
         task = make_task(loaded, tokens, options, progress_console)
         candidates = [
             make_candidate(loaded, label, scheme, options.impl) for label, scheme in schemes.items()
@@ -147,6 +149,28 @@ def run_ablate(given: AblateOptions, console: Console, progress_console: Console
     names = ", ".join(file.name for file in files)
     console.print(f"Written to {options.out}: {names}", highlight=False, soft_wrap=True)
     return files
+
+
+def fitting(
+    schemes: dict[str, KVQuantizer], named: Sequence[str], head_dim: int, console: Console
+) -> dict[str, KVQuantizer]:
+    """The schemes that fit a head dimension; those of a preset that do not are left out, aloud.
+
+    Raises:
+        ValueError: for one that was named and does not fit, or if none is left.
+    """
+    kept = {}
+    for label, scheme in schemes.items():
+        try:
+            scheme.bits_per_element(head_dim)
+            kept[label] = scheme
+        except ValueError as error:
+            if label in named:
+                raise ValueError(f"scheme={label!r} does not fit this model: {error}") from error
+            console.print(f"[dim]{label} is left out: {error}[/dim]", highlight=False)
+    if not kept:
+        raise ValueError(f"no scheme of the preset fits this model, of head_dim={head_dim}")
+    return kept
 
 
 def make_task(

@@ -18,6 +18,7 @@ from typer.testing import CliRunner, Result
 
 from kivi import KVQuantizer
 from kivi.__main__ import Preset, app
+from kivi.cli_ablate import fitting
 from kivi.cli_generate import ConsoleStreamer
 from kivi.cli_schemes import PRESETS, choose_schemes, parse_scheme, parse_value
 
@@ -97,6 +98,20 @@ def test_choice_of_schemes() -> None:
     assert list(choose_schemes("bits", ("int8",))) == [*PRESETS["bits"], "int8"]
     with pytest.raises(ValueError, match=r"preset='x' .* paper-axes"):
         choose_schemes("x", ())
+
+
+def test_a_preset_leaves_out_what_does_not_fit() -> None:
+    out = Console(file=StringIO(), width=200)
+    schemes = choose_schemes("zoo", ())
+    kept = fitting(schemes, (), 80, out)
+    said = out.file.getvalue().splitlines()
+    assert len(kept) + len(said) == len(schemes) and "plumb" in kept
+    assert "kivi is left out: group_size=32 does not divide head_dim=80" in "\n".join(said)
+    assert fitting(schemes, tuple(schemes), 64, out) == schemes
+    with pytest.raises(ValueError, match=r"scheme='kivi' does not fit this model: group_size=32"):
+        fitting(schemes, ("kivi",), 80, out)
+    with pytest.raises(ValueError, match="no scheme of the preset fits"):
+        fitting(choose_schemes(None, ("kivi",)), (), 80, out)
 
 
 def test_schemes_command_where_not_all_fit() -> None:
