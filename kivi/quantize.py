@@ -114,15 +114,17 @@ def quantize_unit(
     group, meta = spec.group(d), metadata_dtype(x.dtype)
     if valid is None:
         valid = torch.ones(tokens, dtype=torch.bool, device=x.device)
-    x = x.float() if smooth is None else x.float() / smooth
-    own = hadamard(x, spec.block(d))
+    x = x.float()
+    own = hadamard(x if smooth is None else x / smooth, spec.block(d))
     center = size = None
     if spec.center:
         # The mean of what a map gives is what it gives for the mean.
         means = mean(
             x.unflatten(-2, (-1, spec.center)), valid.unflatten(-1, (-1, spec.center))[..., None]
         )
-        center = round_to(hadamard(means, spec.block(d)), meta)
+        means = means if smooth is None else means / smooth.unsqueeze(-2)
+        means = hadamard(means, spec.block(d))
+        center = round_to(torch.where(means.isfinite(), means, 0.0), meta)
         own = (own.unflatten(-2, (-1, spec.center)) - center).flatten(-3, -2)
     if spec.token_norm:
         size = norm(own, valid[..., None], meta)

@@ -9,12 +9,13 @@ from test_triton_quantize import (
     Pages,
     garbage,
     kinds,
+    tokens,
     triton_quantize,
 )
 
 from kivi import KVQuantizer, LayerCache
 from kivi.kernels.triton_formats import lanes, packs
-from kivi.quantize import quantize_pack
+from kivi.quantize import empty_pages, quantize_pack
 from kivi.spec import BITS, QuantSpec
 
 pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning"), *[pytest.mark.gpu] * GPU]
@@ -79,6 +80,19 @@ def test_shapes(bits, group, d, unit, center, transform) -> None:
     spec = QuantSpec(bits, "token", group, "unbiased", transform=transform, center=center)
     x = kinds((1, 1, unit, d), torch.bfloat16)
     check(spec, x, 512 - unit, smooth=factors(1, 1, d))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_numbers_that_overflow_when_divided_or_summed(dtype: torch.dtype) -> None:
+    spec = QuantSpec(2, "token", None, "unbiased", **PLUMB)
+    x = tokens("huge", (1, 2, 32, 32), dtype)
+    x[0, 1] = torch.finfo(dtype).max
+    for smooth in (None, factors(1, 2, 32)):
+        check(spec, x, 32, smooth=smooth)
+        packed = empty_pages(spec, 2, 2, 32, dtype, DEVICE)
+        page, first = torch.tensor([1], device=DEVICE), torch.tensor([0], device=DEVICE)
+        quantize_pack(packed, spec, x, page, first, None, smooth)
+        assert packed.center is not None and packed.center.isfinite().all()
 
 
 def test_tokens_that_do_not_count() -> None:
@@ -160,7 +174,8 @@ def test_a_cache_is_the_same_with_kernels() -> None:
     for layer in layers:
         layer.prefill(k[:, :, :700], v[:, :, :700])
     q, new_k, new_v = (torch.zeros(2, h, 1, 128, device="cuda").bfloat16() for h in (8, 2, 2))
-    layers[0].fork().decode(q, new_k, new_v)
+    for layer in layers:  # a fork may take pages of its own
+        layer.fork().decode(q, new_k, new_v)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

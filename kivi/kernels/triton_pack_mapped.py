@@ -225,7 +225,9 @@ def quantize_mapped(
                     if smooth is not None:
                         divisor = tl.load(smooth + channel, mask=known)
                         means = tl.math.div_rn(means, divisor)
-                    means = round_to(token.hadamard_of_one(means, MAP), LIMIT, EPS, LEAST)
+                    means = token.hadamard_of_one(means, MAP)
+                    means = tl.where(means * 0.0 == 0.0, means, 0.0)
+                    means = round_to(means, LIMIT, EPS, LEAST)
                     tl.store(at + channel, means.to(center.dtype.element_ty), mask=known)
                     tl.debug_barrier()
                 centers = token.load(at + row * (16 * nothing), LANES, VECTOR, PIECES)
