@@ -18,9 +18,8 @@ from typer.testing import CliRunner, Result
 
 from kivi import KVQuantizer
 from kivi.__main__ import Preset, app
-from kivi.cli_ablate import fitting
 from kivi.cli_generate import ConsoleStreamer
-from kivi.cli_schemes import PRESETS, choose_schemes, parse_scheme, parse_value
+from kivi.cli_schemes import PRESETS, choose_schemes, fitting, parse_scheme, parse_value
 
 
 @pytest.fixture(scope="module")
