@@ -93,7 +93,7 @@ def ablate(
     """Compare schemes on a model: perplexity, KL, top-1, passkey recall, bytes.
 
     Texts are fed in chunks through the quantized cache, after an exact prefill. Writes
-    ablation.csv, .json, .md and plots.
+    ablation.csv, .json, .md and plots. A scheme that fails is left out, and the exit code is 1.
     """
     with _user_errors():
         from kivi.cli_ablate import AblateOptions, run_ablate
@@ -118,7 +118,8 @@ def ablate(
             passkey_depths=tuple(passkey_depth),
             passkey_samples=passkey_samples,
         )
-        run_ablate(options, Console(), Console(stderr=True))
+        code = run_ablate(options, Console(), Console(stderr=True))
+    raise typer.Exit(code)
 
 
 @app.command()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import cast, get_args
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     Progress,
@@ -24,16 +25,17 @@ from torch import Tensor
 from kivi import KVQuantizer, LayerCache
 from kivi.attention import Impl
 from kivi.cli_model import EMBEDDED, LoadedModel, open_model
-from kivi.cli_schemes import choose_schemes
-from kivi.evals.ablation import Ablation, Candidate, Task, ablate
+from kivi.cli_schemes import choose_schemes, fitting
+from kivi.evals.ablation import Ablation, Candidate, Failure, Task, ablate
 from kivi.evals.attention_error import AttentionInputs, record_attention
 from kivi.evals.environment import environment
 from kivi.evals.feeding import Cache, check_chunk, check_context, text_windows
 from kivi.evals.passkey import PasskeySample, PasskeyTemplate, passkey_batch
-from kivi.evals.report import Settings, write_report
+from kivi.evals.report import Settings, one_line, write_report
 from kivi.evals.rows import COLUMNS, cells, make_row
 from kivi.hf import KVCache
 from kivi.hf_rope import find_rope
+from kivi.spec import check_choice
 
 ATTENTION_TEXTS = 1
 """Texts whose attention is compared; each adds its queries, keys and values to memory."""
@@ -77,6 +79,7 @@ class AblateOptions:
             raise ValueError(f"out={str(self.out)!r} is not allowed; {str(there)!r} is a file")
         prefill = self.context // 2 if self.prefill is None else self.prefill
         check_chunk(self.chunk)
+        check_choice("impl", self.impl, get_args(Impl))
         if not 1 <= prefill < self.context:
             raise ValueError(
                 f"prefill={prefill} is not allowed; it must be 1 to {self.context - 1} "
@@ -102,8 +105,11 @@ class AblateOptions:
         return shlex.join([*words, "--passkey-samples", str(self.passkey_samples)])
 
 
-def run_ablate(given: AblateOptions, console: Console, progress_console: Console) -> list[Path]:
-    """Run an ablation and write its report; the files written.
+def run_ablate(given: AblateOptions, console: Console, progress_console: Console) -> int:
+    """Run an ablation and write its report: data whenever a scheme is through, plots at the end.
+
+    Returns:
+        The exit code: 0, 1 if a scheme failed, 130 if interrupted; what was found is written.
 
     Raises:
         ValueError: for whatever the options don't allow.
@@ -116,9 +122,52 @@ def run_ablate(given: AblateOptions, console: Console, progress_console: Console
         tokens, text_name = loaded.text_tokens(options.text)
         schemes = fitting(schemes, options.schemes, loaded.head_dim, progress_console)
         task = make_task(loaded, tokens, options, progress_console)
-        candidates = [
-            make_candidate(loaded, label, scheme, options.impl) for label, scheme in schemes.items()
-        ]
+    here, files = environment(loaded.model.device), list[Path]()
+    latest: Ablation | None = None
+
+    def write(ablation: Ablation, *, plots: bool = False) -> None:
+        nonlocal latest, files
+        latest = ablation
+        files = write_report(
+            options.out,
+            ablation,
+            [schemes[scores.label] for scores in ablation.schemes],
+            settings=_settings(options, loaded, ablation, text_name, list(schemes)),
+            environment=here,
+            head_dim=loaded.head_dim,
+            plots=plots,
+        )
+
+    interrupted = False
+    try:
+        latest = _evaluate(loaded, schemes, task, options.impl, progress_console, write)
+    except KeyboardInterrupt:
+        interrupted = True
+        _say(progress_console, "interrupted: what follows is what was finished")
+    if latest is None or not latest.schemes:
+        for file in files:  # of schemes that failed later
+            file.unlink()
+        _say(progress_console, "error: no scheme was evaluated, and no report is written")
+        return 130 if interrupted else 1
+    rows = [schemes[scores.label] for scores in latest.schemes]
+    console.print(result_table(latest, rows, loaded.head_dim, console.width))
+    write(latest, plots=True)
+    names = ", ".join(file.name for file in files)
+    console.print(f"Written to {options.out}: {names}", highlight=False, soft_wrap=True)
+    if latest.failed:
+        labels = ", ".join(failure.label for failure in latest.failed)
+        _say(progress_console, f"error: {len(latest.failed)} of {len(schemes)} failed: {labels}")
+    return 130 if interrupted else int(bool(latest.failed))
+
+
+def _evaluate(
+    loaded: LoadedModel,
+    schemes: dict[str, KVQuantizer],
+    task: Task,
+    impl: str,
+    console: Console,
+    on_result: Callable[[Ablation], None],
+) -> Ablation:
     columns = (
         TextColumn("{task.description:<32.32}"),
         BarColumn(),
@@ -127,50 +176,30 @@ def run_ablate(given: AblateOptions, console: Console, progress_console: Console
         TextColumn("ETA"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=progress_console) as progress:
+    candidates = [make_candidate(loaded, label, scheme, impl) for label, scheme in schemes.items()]
+    with Progress(*columns, console=console) as progress:
         bar = progress.add_task("", total=task.work(len(candidates)))
 
         def on_progress(stage: str, amount: int) -> None:
             progress.update(bar, description=stage, advance=amount)
 
-        ablation = ablate(loaded.model, candidates, task, on_progress)
+        def on_failure(failure: Failure) -> None:
+            _say(console, f"{failure.label} failed and is left out: {one_line(failure.error)}")
+
+        ablation = ablate(
+            loaded.model,
+            candidates,
+            task,
+            on_progress,
+            on_failure=on_failure,
+            on_result=on_result,
+        )
         progress.update(bar, description="done")
-    table = result_table(ablation, list(schemes.values()), loaded.head_dim, console.width)
-    console.print(table)
-    settings = _settings(options, loaded, task, text_name, list(schemes))
-    files = write_report(
-        options.out,
-        ablation,
-        list(schemes.values()),
-        settings=settings,
-        environment=environment(loaded.model.device),
-        head_dim=loaded.head_dim,
-    )
-    names = ", ".join(file.name for file in files)
-    console.print(f"Written to {options.out}: {names}", highlight=False, soft_wrap=True)
-    return files
+    return ablation
 
 
-def fitting(
-    schemes: dict[str, KVQuantizer], named: Sequence[str], head_dim: int, console: Console
-) -> dict[str, KVQuantizer]:
-    """The schemes that fit a head dimension; those of a preset that do not are left out, aloud.
-
-    Raises:
-        ValueError: for one that was named and does not fit, or if none is left.
-    """
-    kept = {}
-    for label, scheme in schemes.items():
-        try:
-            scheme.bits_per_element(head_dim)
-            kept[label] = scheme
-        except ValueError as error:
-            if label in named:
-                raise ValueError(f"scheme={label!r} does not fit this model: {error}") from error
-            console.print(f"[dim]{label} is left out: {error}[/dim]", highlight=False)
-    if not kept:
-        raise ValueError(f"no scheme of the preset fits this model, of head_dim={head_dim}")
-    return kept
+def _say(console: Console, line: str) -> None:
+    console.print(f"[red]{escape(line)}[/red]", highlight=False, soft_wrap=True)
 
 
 def make_task(
@@ -236,7 +265,7 @@ def _passkeys(
 
 def make_candidate(loaded: LoadedModel, label: str, scheme: KVQuantizer, impl: str) -> Candidate:
     """A scheme with its caches for a model."""
-    implementation = cast(Impl, impl)  # the core says what is allowed
+    implementation = cast(Impl, impl)  # as `resolved` found it
 
     def make_cache() -> Cache:
         return KVCache(loaded.model, scheme, impl=implementation)
@@ -284,9 +313,10 @@ def result_table(
 
 
 def _settings(
-    options: AblateOptions, loaded: LoadedModel, task: Task, text: str, labels: list[str]
+    options: AblateOptions, loaded: LoadedModel, ablation: Ablation, text: str, labels: list[str]
 ) -> Settings:
-    evaluated = task.texts.shape[0] * (options.context - task.prefill)
+    assert options.prefill is not None
+    evaluated = ablation.schemes[0].decode.tokens
     return Settings(
         command=options.command(labels),
         model=loaded.name,
@@ -295,9 +325,9 @@ def _settings(
         dtype=loaded.dtype,
         impl=options.impl,
         context=options.context,
-        prefill=task.prefill,
+        prefill=options.prefill,
         chunk=options.chunk,
-        sequences=task.texts.shape[0],
+        sequences=evaluated // (options.context - options.prefill),
         batch_size=options.batch_size,
         evaluated_tokens=evaluated,
         seed=options.seed,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from rich.console import Console
 from rich.table import Table
 
 from kivi import KVQuantizer
@@ -141,6 +142,28 @@ def choose_schemes(preset: str | None, texts: Sequence[str]) -> dict[str, KVQuan
         raise ValueError(f"preset={preset!r} is not allowed; choose from {', '.join(PRESETS)}")
     labels = [*(PRESETS[preset] if preset else ()), *texts]
     return {label: parse_scheme(label) for label in dict.fromkeys(labels)}
+
+
+def fitting(
+    schemes: dict[str, KVQuantizer], named: Sequence[str], head_dim: int, console: Console
+) -> dict[str, KVQuantizer]:
+    """The schemes that fit a head dimension; those of a preset that do not are left out, aloud.
+
+    Raises:
+        ValueError: for one that was named and does not fit, or if none is left.
+    """
+    kept = {}
+    for label, scheme in schemes.items():
+        try:
+            scheme.bits_per_element(head_dim)
+            kept[label] = scheme
+        except ValueError as error:
+            if label in named:
+                raise ValueError(f"scheme={label!r} does not fit this model: {error}") from error
+            console.print(f"[dim]{label} is left out: {error}[/dim]", highlight=False)
+    if not kept:
+        raise ValueError(f"no scheme of the preset fits this model, of head_dim={head_dim}")
+    return kept
 
 
 def schemes_table(head_dim: int) -> Table:

@@ -6,6 +6,8 @@ import dataclasses
 import json
 import os
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -106,12 +108,20 @@ def _write(path: Path, description: dict[str, Any], tensors: dict[str, Tensor]) 
     tensors = {name: x.detach().cpu().contiguous() for name, x in sorted(tensors.items())}
     checksum = str(_checksum(text, tensors))
     metadata = {"format": FORMAT, "version": str(VERSION), "cache": text, "checksum": checksum}
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        save_file(tensors, unfinished, metadata)
-        unfinished.replace(path)
+        with replacing(path) as unfinished:
+            save_file(tensors, unfinished, metadata)
     except SafetensorError as error:
         raise OSError(f"{path} cannot be written: {error}") from error
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Where to write a file that takes the place of `path` once it is whole, or never."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield unfinished
+        unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
 

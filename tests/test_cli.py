@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
@@ -16,11 +17,14 @@ from tiny_models import save_tiny, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
-from kivi import KVQuantizer
+from kivi import KVQuantizer, cli_ablate
 from kivi.__main__ import Preset, app
-from kivi.cli_ablate import fitting
+from kivi.cli_ablate import make_candidate
 from kivi.cli_generate import ConsoleStreamer
-from kivi.cli_schemes import PRESETS, choose_schemes, parse_scheme, parse_value
+from kivi.cli_model import LoadedModel
+from kivi.cli_schemes import PRESETS, choose_schemes, fitting, parse_scheme, parse_value
+from kivi.evals.ablation import Candidate
+from kivi.evals.feeding import Cache
 
 
 @pytest.fixture(scope="module")
@@ -205,6 +209,72 @@ def test_ablate_without_passkeys_or_recordable_attention(tiny: Path, tmp_path: P
         (row,) = csv.DictReader(file)
     assert row["passkey"] == "" and not (tmp_path / "out" / "passkey.png").exists()
     assert row["attention_error"] == "" and "No attention error" in result.stderr
+
+
+def ablate_with(
+    errors: dict[str, BaseException], tiny: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Result, list[list[str]]]:
+    """An ablation whose schemes may raise, and what was on disk when each did."""
+    on_disk: list[list[str]] = []
+
+    def make(loaded: LoadedModel, label: str, scheme: KVQuantizer, impl: str) -> Candidate:
+        candidate = make_candidate(loaded, label, scheme, impl)
+        if label not in errors:
+            return candidate
+
+        def make_cache() -> Cache:
+            written = out / "ablation.json"
+            document = json.loads(written.read_text()) if written.exists() else {"schemes": []}
+            on_disk.append([row["scheme"] for row in document["schemes"]])
+            raise errors[label]
+
+        return replace(candidate, make_cache=make_cache)
+
+    monkeypatch.setattr(cli_ablate, "make_candidate", make)
+    given = [x for label in ("int8", "kivi", "flexgen") for x in ("--scheme", label)]
+    given += ["--text", tiny / "text.txt", *SMALL, "--no-passkey", "--out", out]
+    return kivi("ablate", "--model", tiny, *given), on_disk
+
+
+def test_ablate_goes_on_without_a_scheme_that_fails(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = torch.OutOfMemoryError("out of [red]\nmemory")
+    result, on_disk = ablate_with({"kivi": error}, tiny, tmp_path, monkeypatch)
+    assert result.exit_code == 1 and on_disk == [["int8"]]
+    said = "kivi failed and is left out: OutOfMemoryError: out of [red] memory"
+    assert said in result.stderr.splitlines()
+    assert "error: 1 of 3 failed: kivi" in result.stderr and "Traceback" not in result.output
+    document = json.loads((tmp_path / "ablation.json").read_text())
+    assert [row["scheme"] for row in document["schemes"]] == ["int8", "flexgen"]
+    assert document["failed"] == [{"label": "kivi", "error": f"OutOfMemoryError: {error}"}]
+    assert document["complete"] and document["settings"]["evaluated_tokens"] == 128
+    text = (tmp_path / "ablation.md").read_text()
+    assert "- `kivi`: OutOfMemoryError: out of [red] memory" in text and "Incomplete" not in text
+    assert "| flexgen |" in text and "| kivi |" not in text and "pareto.png" in text
+
+
+def test_ablate_interrupted_keeps_what_was_finished(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result, _ = ablate_with({"kivi": KeyboardInterrupt()}, tiny, tmp_path, monkeypatch)
+    assert result.exit_code == 130 and "interrupted" in result.stderr
+    document = json.loads((tmp_path / "ablation.json").read_text())
+    assert [row["scheme"] for row in document["schemes"]] == ["int8"]
+    assert not document["complete"] and document["failed"] == []
+    text = (tmp_path / "ablation.md").read_text()
+    assert "**Incomplete**" in text and "pareto.png" in text and (tmp_path / "pareto.png").exists()
+    first = ablate_with({"int8": KeyboardInterrupt()}, tiny, tmp_path / "none", monkeypatch)[0]
+    assert first.exit_code == 130 and not (tmp_path / "none").exists()
+
+
+def test_ablate_in_which_all_fail_writes_nothing(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    errors = dict.fromkeys(("int8", "kivi", "flexgen"), ValueError("no"))
+    result, _ = ablate_with(errors, tiny, tmp_path / "out", monkeypatch)
+    assert result.exit_code == 1 and result.stdout == "" and not (tmp_path / "out").exists()
+    assert "error: no scheme was evaluated" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,12 @@
 """Every metric against a computation by hand, on fakes to be worked out and on a tiny model."""
 
 import copy
+import itertools
 import math
+import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -520,6 +522,79 @@ def test_ablation_compares_attention_where_layers_can_be_made() -> None:
     )
     layers, none = ablation.ablate(model, candidates, task).schemes
     assert layers.attention == pytest.approx((0.5, 0.5), abs=1e-4) and none.attention is None
+
+
+class BreakingCache(FakeCache):
+    """Raises once it holds some tokens, with itself in a cycle of its frames."""
+
+    made: ClassVar[list["weakref.ref[BreakingCache]"]] = []
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__()
+        self.error, self.own = error, self
+        self.made.append(weakref.ref(self))
+
+    def store(self, ids: Tensor) -> None:
+        super().store(ids)
+        raise self.error
+
+
+def breaking(label: str, batch: int, error: type[BaseException]) -> ablation.Candidate:
+    """A scheme whose cache of that batch (from 1) raises while it is fed."""
+    calls = itertools.count(1)
+    return ablation.Candidate(
+        label, lambda: BreakingCache(error("full\nhere")) if next(calls) == batch else FakeCache()
+    )
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])  # two of texts, one of passkeys
+def test_a_scheme_that_fails_is_left_out_and_its_cache_freed(batch: int) -> None:
+    model, task = CopyingModel(), small_task(texts=torch.ones(3, 14, dtype=torch.int64))
+    whole = ablation.ablate(model, CANDIDATES, task)
+    BreakingCache.made.clear()
+    alive: list[bool] = []
+
+    def on_failure(failure: ablation.Failure) -> None:
+        alive.extend(cache() is not None for cache in BreakingCache.made)
+
+    broken = breaking("broken", batch, torch.OutOfMemoryError)
+    seen: list[ablation.Ablation] = []
+    result = ablation.ablate(
+        model,
+        (CANDIDATES[0], broken, CANDIDATES[1]),
+        task,
+        on_failure=on_failure,
+        on_result=seen.append,
+    )
+    assert result.schemes == whole.schemes and result.complete
+    assert result.exact_perplexity == whole.exact_perplexity
+    assert result.failed == seen[-1].failed == (("broken", "OutOfMemoryError: full\nhere"),)
+    assert alive == [False]
+    shown = [[s.label for s in so_far.schemes] for so_far in seen]
+    assert shown[0] == ["same"] and shown[-1] == ["same", "lossy"]
+    assert any("broken" in labels for labels in shown) == (batch > 1)
+
+
+def test_what_is_known_so_far_is_over_the_same_texts_for_all() -> None:
+    model, task = FakeModel(), small_task()
+    seen: list[ablation.Ablation] = []
+    stopped = (CANDIDATES[0], breaking("stopped", 2, KeyboardInterrupt), CANDIDATES[1])
+    with pytest.raises(KeyboardInterrupt):
+        ablation.ablate(model, stopped, task, on_result=seen.append)
+    first_texts = small_task(texts=task.texts[:2], passkeys=())
+    whole = ablation.ablate(model, CANDIDATES, first_texts)
+    last = seen[-1]  # "same" has finished the second batch, and is shown over the first
+    assert not last.complete and last.exact_perplexity == whole.exact_perplexity
+    assert (last.schemes[0], last.schemes[2]) == whole.schemes and not last.failed
+    assert [len(so_far.schemes) for so_far in seen] == [1, 2, 3, 3]
+
+
+def test_an_ablation_in_which_all_fail() -> None:
+    seen: list[ablation.Ablation] = []
+    candidates = [breaking(label, 1, RuntimeError) for label in "ab"]
+    result = ablation.ablate(FakeModel(), candidates, small_task(), on_result=seen.append)
+    assert not result.schemes and [failure.label for failure in result.failed] == ["a", "b"]
+    assert seen == []
 
 
 def test_ablation_refuses() -> None:

@@ -12,7 +12,7 @@ from matplotlib.text import Annotation
 
 from kivi import KVQuantizer
 from kivi.evals import plots, report, rows
-from kivi.evals.ablation import Ablation, SchemeScores
+from kivi.evals.ablation import Ablation, Failure, SchemeScores
 from kivi.evals.decoding import DecodeScores
 from kivi.evals.environment import environment
 from kivi.evals.feeding import CacheSize
@@ -275,3 +275,61 @@ def test_the_pareto_front_is_what_nothing_beats() -> None:
     faces = [tuple(c.get_facecolors()[0][:3]) for c in figure.axes[0].collections]
     assert [face == (1.0, 1.0, 1.0) for face in faces] == [False, True, False, True]
     assert plots.pareto_figure([plots.Point("", "x", 1, (0.0, 0.0, 0.0))], [True]) is None
+
+
+def test_numbers_of_a_crowd_overlap_nothing_and_a_legend_explains_them(tmp_path: Path) -> None:
+    # Three at one place, and many of one size, as a run of every scheme has them.
+    places = [(3.0, 0.05)] * 3 + [(3.0 + i % 4 / 20, 0.1 / 1.2**i) for i in range(30)]
+    points = [plots.Point("", f"scheme {i}", x, (y, y, y)) for i, (x, y) in enumerate(places)]
+    figure = plots.pareto_figure(points, [True] * len(points))
+    assert figure is not None
+    figure.savefig(tmp_path / "pareto.png")
+    (axes,), (legend,) = figure.axes, figure.legends
+    note, *numbers = axes.texts
+    assert [t.get_text() for t in numbers] == [str(i) for i in range(1, 34)]
+    named = [t.get_text().split("  ") for t in legend.get_texts()]
+    assert [number for number, _ in named] == [t.get_text() for t in numbers]
+    marks = [tuple(m.get_offsets()[0]) for m in axes.collections]
+    held = {p.label: (p.bits, p.kl[0]) for p in points}
+    assert marks == [held[label] for _, label in named] and len(held) == 33
+    boxes = [t.get_window_extent() for t in (note, *numbers)]
+    for i, box in enumerate(boxes):
+        assert axes.bbox.containsx(box.x0) and axes.bbox.containsx(box.x1)
+        assert axes.bbox.containsy(box.y0) and axes.bbox.containsy(box.y1)
+        assert not any(box.overlaps(other) for other in boxes[:i]), i
+        middles = axes.transData.transform(marks)
+        # 46 square points of area: a radius of 3.8 points, 8 pixels.
+        assert not any(box.padded(7).contains(x, y) for x, y in middles), i
+    assert legend.get_window_extent().x0 >= axes.bbox.x1
+    assert all(t.get_window_extent().x1 <= figure.bbox.x1 for t in legend.get_texts())
+
+
+def test_data_without_plots_is_written_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def written(*, complete: bool) -> list[Path]:
+        found = dataclasses.replace(
+            ablation(full=True), failed=(Failure("qjl", "E: a\nb"),), complete=complete
+        )
+        here = environment()
+        return report.write_report(
+            tmp_path, found, SCHEMES, settings=SETTINGS, environment=here, head_dim=128, plots=False
+        )
+
+    names = [file.name for file in written(complete=False)]
+    assert names == ["ablation.csv", "ablation.json", "ablation.md"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == names
+    text = (tmp_path / "ablation.md").read_text()
+    assert report.INCOMPLETE in text and "- `qjl`: E: a b" in text and "Passkeys:" not in text
+    before = (tmp_path / "ablation.json").read_text()
+
+    def cut_off(self: Path, data: str, encoding: str) -> int:
+        with self.open("w", encoding=encoding) as file:
+            file.write(data[:100])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        written(complete=True)
+    assert (tmp_path / "ablation.json").read_text() == before
+    assert sorted(file.name for file in tmp_path.iterdir()) == names

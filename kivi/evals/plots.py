@@ -6,7 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import cycle, pairwise
+from itertools import count, cycle, pairwise
 from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class Point:
 
     Args:
         series: points of a series are joined.
-        label: written at the point.
+        label: written at the point, or in a legend.
         bits: bits per element.
         kl: mean KL with the bounds of its interval.
     """
@@ -87,24 +87,37 @@ def quality_figure(points: Sequence[Point]) -> Figure | None:
 def pareto_figure(points: Sequence[Point], fused: Sequence[bool]) -> Figure | None:
     """Mean KL against measured size, `bits` in MiB, with the front that nothing beats in both.
 
-    Schemes that a fused kernel serves are filled, others hollow. None if there is no loss to show.
+    Points carry numbers, from small to large, and a legend their labels. Schemes that a fused
+    kernel serves are filled, others hollow. None if there is no loss to show.
     """
     shown = [(p, f) for p, f in zip(points, fused, strict=True) if p.kl[0] > LOSSLESS]
     if not shown:
         return None
-    figure = _figure(8.4, 5.4)
+    shown.sort(key=lambda s: (s[0].bits, -s[0].kl[0]))
+    placed = [p for p, _ in shown]
+    names = [f"{i}  {p.label}" for i, p in enumerate(placed, 1)]
+    # Inches that the legend takes beside the axes, or above their usual height.
+    figure = _figure(6.6 + 0.07 * max(map(len, names)), max(5.4, 0.6 + 0.165 * len(names)))
     axes = figure.add_subplot()
     axes.set_yscale("log")
-    _frame(axes, [p for p, _ in shown], [p.label for p in points if p.kl[0] <= LOSSLESS])
+    _frame(axes, placed, [p.label for p in points if p.kl[0] <= LOSSLESS])
     axes.set_xlabel("MiB of the cache in use, exact window and metadata counted", color=INK)
-    front = pareto_front([p for p, _ in shown])
+    front = pareto_front(placed)
     axes.plot([p.bits for p in front], [p.kl[0] for p in front], "--", color=INK, lw=1, zorder=2)
-    colors = [COLORS[0] if p in front else COLORS[7] for p, _ in shown]
-    for (point, solid), color in zip(shown, colors, strict=True):
-        face = color if solid else "white"
-        axes.scatter(point.bits, point.kl[0], s=46, color=face, edgecolors=color, lw=1.4, zorder=4)
+    colors = [COLORS[0] if p in front else COLORS[7] for p in placed]
+    marks = [
+        axes.scatter(
+            p.bits, p.kl[0], s=46, color=color if solid else "white", edgecolors=color, lw=1.4,
+            zorder=4,
+        )
+        for (p, solid), color in zip(shown, colors, strict=True)
+    ]  # fmt: skip
     axes.set_title("Loss of quality against measured size (filled: fused kernel)", loc="left")
-    _label(figure, axes, [p for p, _ in shown], colors)
+    figure.legend(
+        marks, names, loc="outside right upper", fontsize=8, labelcolor=colors, frameon=False,
+        handletextpad=0.2, labelspacing=0.45,
+    )  # fmt: skip
+    _number(figure, axes, placed, colors)
     return figure
 
 
@@ -180,6 +193,39 @@ def _label(figure: Figure, axes: Axes, points: Sequence[Point], colors: Sequence
                 axes.plot(*line.T, color=colors[i], lw=0.8, alpha=0.8, zorder=3)
 
 
+def _number(figure: Figure, axes: Axes, points: Sequence[Point], colors: Sequence[str]) -> None:
+    """Write 1, 2, ... each as close to its point as no marker and no other text is."""
+    from matplotlib.patheffects import withStroke
+
+    figure.draw_without_rendering()  # from here on data have places, which nothing may move
+    figure.set_layout_engine("none")
+    frame = cast(Box, tuple(axes.bbox.extents))
+    places = [axes.transData.transform((p.bits, p.kl[0])) for p in points]
+    taken = [(x - MARK, y - MARK, x + MARK, y + MARK) for x, y in places]
+    taken += [cast(Box, tuple(text.get_window_extent().extents)) for text in axes.texts]
+    for i, (x, y) in enumerate(places):
+        text = axes.annotate(
+            str(i + 1), (x, y), xycoords="figure pixels", color=colors[i], fontsize=8, ha="center",
+            va="center", zorder=5, path_effects=[withStroke(linewidth=2, foreground="white")],
+        )  # fmt: skip
+        size = text.get_window_extent()
+        for turn in count():
+            # Around the point, and around again a little farther out.
+            radius, angle = MARK + 12 + 10 * (turn // 16), math.tau * (turn % 16) / 16
+            at = (x + radius * math.cos(angle), y + radius * math.sin(angle))
+            half = (size.width / 2 + 1, size.height / 2 + 1)
+            box = (at[0] - half[0], at[1] - half[1], at[0] + half[0], at[1] + half[1])
+            if _covered(box, taken, frame) == 0:
+                break
+        taken.append(box)
+        text.set_position(at)
+        if turn >= 16:  # with others in between
+            share = 1 - half[0] / radius  # short of the number
+            end = (x + share * (at[0] - x), y + share * (at[1] - y))
+            line = axes.transData.inverted().transform([(x, y), end])
+            axes.plot(*line.T, color=colors[i], lw=0.7, zorder=3)
+
+
 # Pixels: half a marker, from points to labels, from line to line of labels, between columns.
 MARK, GAP, LINE, CLOSE = 9.0, 30.0, 22.0, 60.0
 
@@ -211,13 +257,14 @@ def _span(group: Sequence[float], gap: float) -> tuple[float, float]:
 
 
 def _covered(box: Box, taken: Sequence[Box], frame: Box) -> float:
-    """Area that a box shares with others, and what of its width lies outside of the frame."""
+    """Area that a box shares with others, and what of its sides lies outside of the frame."""
     area = 0.0
     for other in taken:
         width = min(box[2], other[2]) - max(box[0], other[0])
         height = min(box[3], other[3]) - max(box[1], other[1])
         area += max(width, 0.0) * max(height, 0.0)
     outside = max(frame[0] - box[0], 0.0) + max(box[2] - frame[2], 0.0)
+    outside += max(frame[1] - box[1], 0.0) + max(box[3] - frame[3], 0.0)
     return area + 1000 * outside
 
 

@@ -5,22 +5,29 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kivi.evals.ablation import Ablation
+from kivi.evals.ablation import Ablation, SchemeScores
 from kivi.evals.environment import Environment
 from kivi.evals.intervals import LEVEL, Interval
 from kivi.evals.plots import Point, RecallMap, pareto_figure, passkey_figure, quality_figure
 from kivi.evals.rows import COLUMNS, Row, cells, make_row, short_names
+from kivi.hf_save import replacing
 from kivi.quantizer import KVQuantizer
+
+INCOMPLETE = (
+    "**Incomplete**: not all that the command asks for has been run, be it texts, passkeys or "
+    "schemes."
+)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How an ablation ran: enough to run it again."""
+    """How an ablation ran: enough to run it again; sequences and tokens are those evaluated."""
 
     command: str
     model: str
@@ -48,8 +55,11 @@ def write_report(
     settings: Settings,
     environment: Environment,
     head_dim: int,
+    plots: bool = True,
 ) -> list[Path]:
     """Write `ablation.csv`, `.json`, `.md` and the plots into a folder, made if missing.
+
+    Whenever the writing is cut off, each of the three is there whole, as it was or as it is.
 
     Args:
         out: the folder.
@@ -58,6 +68,7 @@ def write_report(
         settings: how it ran.
         environment: where it ran.
         head_dim: of the model, for the bits per element.
+        plots: whether to draw, which takes seconds.
 
     Returns:
         The files written.
@@ -67,8 +78,17 @@ def write_report(
     rows = [make_row(scores, scheme, head_dim) for scores, scheme in pairs]
     write_csv(out / "ablation.csv", rows)
     document = _document(ablation, rows, settings, environment)
-    (out / "ablation.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    files = [out / "ablation.csv", out / "ablation.json", out / "ablation.md"]
+    _write(out / "ablation.json", json.dumps(document, indent=2) + "\n")
+    pictures = _draw(out, rows, pairs) if plots else []
+    text = markdown(ablation, rows, settings, environment, [f.name for f in pictures])
+    _write(out / "ablation.md", text)
+    return [out / "ablation.csv", out / "ablation.json", out / "ablation.md", *pictures]
+
+
+def _draw(
+    out: Path, rows: Sequence[Row], pairs: Sequence[tuple[SchemeScores, KVQuantizer]]
+) -> list[Path]:
+    files: list[Path] = []
     points = [
         Point(*short_names(scheme), row.bits_per_element, scores.decode.kl_mean)
         for row, (scores, scheme) in zip(rows, pairs, strict=True)
@@ -93,14 +113,17 @@ def write_report(
     if maps:
         passkey_figure(maps).savefig(out / "passkey.png")
         files.append(out / "passkey.png")
-    text = markdown(ablation, rows, settings, environment, [f.name for f in files])
-    (out / "ablation.md").write_text(text, encoding="utf-8")
     return files
+
+
+def _write(path: Path, text: str) -> None:
+    with replacing(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
     """Write rows as CSV, one column for each field of Row."""
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with replacing(path) as new, new.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(field.name for field in dataclasses.fields(Row))
         writer.writerows(dataclasses.astuple(row) for row in rows)
@@ -122,9 +145,11 @@ def _document(
     return {
         "environment": dataclasses.asdict(environment),
         "settings": dataclasses.asdict(settings),
+        "complete": ablation.complete,
         "confidence_level": LEVEL,
         "full_precision_ppl": ablation.exact_perplexity._asdict(),
         "schemes": schemes,
+        "failed": [failure._asdict() for failure in ablation.failed],
     }
 
 
@@ -133,7 +158,7 @@ def markdown(
     rows: Sequence[Row],
     settings: Settings,
     environment: Environment,
-    files: Sequence[str],
+    pictures: Sequence[str],
 ) -> str:
     """The report as Markdown."""
     keys = [key for key, _ in COLUMNS if any(cells(row)[key] for row in rows)]
@@ -141,14 +166,15 @@ def markdown(
     table = [[headings[k] for k in keys], ["---", *("---:" for _ in keys[1:])]]
     table += [[cells(row)[k] for k in keys] for row in rows]
     lines = ["| " + " | ".join(line) + " |" for line in table]
-    plots = [f"![{name}]({name})" for name in files if name.endswith(".png")]
+    plots = [f"![{name}]({name})" for name in pictures]
     exact = ablation.exact_perplexity
     passkeys = (
         f"Passkeys: lengths {_listed(settings.passkey_lengths)} at depths "
         f"{_listed(settings.passkey_depths)}, {settings.passkey_samples} a cell. "
-        if rows[0].passkey is not None
+        if rows[0].passkey is not None and ablation.complete
         else ""
     )
+    failed = [f"- `{label}`: {one_line(error)}" for label, error in ablation.failed]
     return "\n".join(
         [
             "# KV-cache ablation",
@@ -159,10 +185,12 @@ def markdown(
             f"decoding in chunks of {settings.chunk} to {settings.context} tokens; "
             f"{settings.evaluated_tokens} tokens evaluated. {passkeys}Seed {settings.seed}.",
             "",
+            *([] if ablation.complete else [INCOMPLETE, ""]),
             f"Full precision: perplexity {_interval(exact)}.",
             "",
             *lines,
             "",
+            *(["Failed, and not in the table:", "", *failed, ""] if failed else []),
             "KL is KL(full precision || scheme) of the next-token distribution in nats; top-1 the "
             "share of tokens where both agree on the likeliest; attn error the relative error of "
             "attention outputs, mean over layers; cache what is allocated for "
@@ -181,6 +209,11 @@ def markdown(
             "",
         ]
     )
+
+
+def one_line(error: str) -> str:
+    """An error of many lines in one that can be read."""
+    return textwrap.shorten(error, 300, placeholder=" ...")
 
 
 def _listed(values: Sequence[float]) -> str:
