@@ -68,7 +68,7 @@ def test_pages_equal_the_cpu_s(name: str) -> None:
     cpu = LayerCache(layer.spec if name == "kivi" else other.spec(), 2, 2, 64, dtype=torch.float32)
     cpu.prefill(k.cpu(), k.cpu())
     # A tie may round the other way. A 16-bit factor or mean that comes from a matrix product, whose
-    # sums have another order there, does so more often, and moves all that it is part of by its ulp.
+    # sums have another order there, does so more often, and moves what it is part of by its ulp.
     rounded = name in ("gear", "oscar_cov")
     for a, b in zip(layer.dequantize(), cpu.dequantize(), strict=True):
         error = (a.cpu() - b).abs()
