@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from kivi import KVQuantizer
+from kivi.cli_schemes import choose_schemes
 from kivi.hf import KVCache
 
 SEVEN = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
@@ -56,7 +57,8 @@ MODELS: dict[str, Callable[[], Any]] = {
 }
 COMPILED = "-compiled"
 CACHES = ("dynamic", "static", "quanto-2", "quanto-4", "hqq-2", "hqq-4")
-"""Caches of transformers. Others are a scheme and its bits, `kivi-2`, or `kivi-2-compiled`."""
+"""Caches of transformers. Others are a scheme and its bits, `kivi-2`, or `kivi-2-compiled`, or one
+with an option, `plumb:value_bits=1-compiled`."""
 CHUNK = 2**18
 """Tokens of all rows that are filled in at a time."""
 
@@ -75,8 +77,11 @@ def check_cache(name: str) -> str:
     Raises:
         ValueError: if there is no such cache.
     """
-    scheme, _, bits = name.removesuffix(COMPILED).rpartition("-")
-    if name not in CACHES and not (scheme in KVQuantizer.available() and bits.isdigit()):
+    label = name.removesuffix(COMPILED)
+    scheme, _, bits = label.rpartition("-")
+    if ":" in label:
+        choose_schemes(None, [label])
+    elif name not in CACHES and not (scheme in KVQuantizer.available() and bits.isdigit()):
         allowed = ", ".join((*CACHES, "kivi-2", "kivi-2" + COMPILED))
         raise ValueError(f"cache {name!r}: choose from {allowed}, or another scheme's")
     return name
@@ -111,9 +116,12 @@ def new_cache(name: str, model: PreTrainedModel, length: int, options: dict[str,
             q_group_size=64,
             **axes,
         )
+    static = length if name.endswith(COMPILED) else None
+    if ":" in name:
+        (scheme,) = choose_schemes(None, [name.removesuffix(COMPILED)]).values()
+        return KVCache(model, scheme, max_length=static)
     has = KVQuantizer.options(kind)
     chosen = {key: value for key, value in options.items() if key in has and value is not None}
-    static = length if name.endswith(COMPILED) else None
     return KVCache(model, kind, bits=int(rest), max_length=static, **chosen)
 
 
