@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 
+from kivi.checks import tracing
+from kivi.hf_causal import CausalMask
 from kivi.hf_handles import CachedStates
 
 ATTENTION = str(__package__)
@@ -83,5 +87,58 @@ def attention_forward(
     return out, None
 
 
+def mask_of(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool = False,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    **_: Any,
+) -> Tensor | None:
+    """The mask interface of transformers: as `sdpa_mask`, a handle where all is plainly causal."""
+    make: Callable[..., Any] = partial(
+        sdpa_mask,
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,  # type: ignore[arg-type]  # a tensor for static caches
+        kv_offset=kv_offset,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        local_size=local_size,
+        allow_is_bidirectional_skip=allow_is_bidirectional_skip,
+        use_vmap=use_vmap,
+        device=device,
+    )
+    if (
+        allow_is_causal_skip
+        and q_length > 1
+        and kv_offset == 0
+        and local_size is None
+        and not tracing()
+        and int(q_offset) > 0
+        and _sees_all(attention_mask, int(q_offset) + q_length)
+    ):
+        # A tensor counts on, and the mask may be made later.
+        make_all = partial(make, q_offset=int(q_offset), allow_is_causal_skip=False)
+        return CausalMask.of(make_all, (batch_size, 1, q_length, kv_length), device)
+    mask: Tensor | None = make(allow_is_causal_skip=allow_is_causal_skip)
+    return mask
+
+
+def _sees_all(mask: Tensor | None, columns: int) -> bool:
+    """Whether a mask `[B, N]` of columns that are not padding says nothing of the first ones."""
+    if mask is None:
+        return True
+    return mask.dim() == 2 and mask.shape[1] >= columns and bool(mask.bool().all())
+
+
 AttentionInterface.register(ATTENTION, attention_forward)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+AttentionMaskInterface.register(ATTENTION, mask_of)

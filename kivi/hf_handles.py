@@ -20,14 +20,8 @@ from torch.utils._pytree import tree_map
 
 from kivi.cache import LayerCache
 from kivi.checks import tracing
+from kivi.hf_causal import METADATA, CausalMask
 from kivi.hf_masks import Shared
-
-_PROPERTIES = ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "is_cpu")
-_METADATA = [getattr(Tensor, name).__get__ for name in (*_PROPERTIES, "is_meta", "is_sparse")] + [
-    *(Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.__len__),
-    *(Tensor.is_floating_point, Tensor.element_size, Tensor.get_device, Tensor.__hash__),
-]
-
 
 _NOTHING = nullcontext()
 
@@ -210,6 +204,9 @@ class Update:
         if self.stored or q.shape[2] != t or (mask is None and t > 1 and not causal):
             return None
         window = columns.window if window is None else window
+        # Columns of padding are not tokens, and the mask shows them if nothing says what they are.
+        mask = CausalMask.made(mask) if columns.padding else mask
+        mask = None if isinstance(mask, CausalMask) else mask
         reading = columns.shared.read(mask, columns.cache, columns.seen, t, window)
         if reading is None:
             return None
@@ -320,7 +317,7 @@ class CachedStates(torch.Tensor):
         """Metadata as it is, attention over the pages, anything else over dequantized tensors."""
         kwargs = kwargs or {}
         # Compiled code cannot compare the getters of properties.
-        if func in _METADATA or (tracing() and getattr(func, "__name__", "") == "__get__"):
+        if func in METADATA or (tracing() and getattr(func, "__name__", "") == "__get__"):
             return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
         if func is F.scaled_dot_product_attention:
             out = _attend(*args, **kwargs)

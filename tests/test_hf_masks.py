@@ -1,5 +1,7 @@
 """Masks of every kind, dtypes and gradients: packed or dense, never silently wrong."""
 
+from typing import Any
+
 import pytest
 import torch
 from one_thread import one_thread  # noqa: F401
@@ -9,7 +11,9 @@ from transformers import (
     DynamicCache,
     PreTrainedModel,
 )
+from transformers.masking_utils import sdpa_mask
 
+from kivi import hf_attention
 from kivi.hf import KVCache
 
 
@@ -145,3 +149,45 @@ def test_backward_fails(llama: PreTrainedModel) -> None:
     logits = llama(**inputs, past_key_values=KVCache(llama, LOSSLESS)).logits
     with pytest.raises(RuntimeError, match="no gradient"):
         logits.sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore:.*needs dense keys")
+@pytest.mark.parametrize("length", [None, 160])
+@pytest.mark.parametrize("name", ["llama", "deepseek_v3"])
+def test_a_causal_chunk_has_no_mask_unless_one_is_needed(
+    name: str, length: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunks over a past, without padding: `[T, N]` exists only where keys are dense."""
+    model, ids, made = tiny(name), prompt(tokens=150)["input_ids"], []
+
+    def counted(**options: Any) -> Tensor | None:
+        made.append(sdpa_mask(**options))
+        return made[-1]
+
+    monkeypatch.setattr(hf_attention, "sdpa_mask", counted)
+    reference, cache = DynamicCache(), KVCache(model, LOSSLESS, max_length=length)
+    parts = ids.split((70, 50, 29, 1), dim=1)
+    model.set_attn_implementation("eager")
+    expected = [forward(model, reference, part) for part in parts]
+    model.set_attn_implementation(hf_attention.ATTENTION)
+    for part, logits in zip(parts, expected, strict=True):
+        close(forward(model, cache, part), logits)
+    many = [mask for mask in made if mask is not None and mask.shape[2] > 1]
+    assert bool(many) == (name != "llama") == any(cache.dense_calls)
+
+
+def test_padding_is_in_the_mask_of_a_chunk(llama: PreTrainedModel) -> None:
+    """A second turn after a padded one, with and without a word about the padding."""
+    inputs, new = prompt(tokens=70, padding=20), prompt(tokens=30, seed=1)["input_ids"]
+    reference, cache = DynamicCache(), KVCache(llama, LOSSLESS)
+    llama.set_attn_implementation("sdpa")
+    forward(llama, reference, **inputs_of(inputs))
+    mask = torch.cat([inputs["attention_mask"], torch.ones_like(new)], 1)
+    expected = forward(llama, reference, new, attention_mask=mask)
+    llama.set_attn_implementation(hf_attention.ATTENTION)
+    forward(llama, cache, **inputs_of(inputs))
+    close(forward(llama, cache, new, attention_mask=mask), expected)
+
+
+def inputs_of(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {"ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
