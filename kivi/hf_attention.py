@@ -117,17 +117,11 @@ def mask_of(
         use_vmap=use_vmap,
         device=device,
     )
-    if (
-        allow_is_causal_skip
-        and q_length > 1
-        and kv_offset == 0
-        and local_size is None
-        and not tracing()
-        and int(q_offset) > 0
-        and _sees_all(attention_mask, int(q_offset) + q_length)
-    ):
-        # A tensor counts on, and the mask may be made later.
-        make_all = partial(make, q_offset=int(q_offset), allow_is_causal_skip=False)
+    # Read once: of a static cache it is on the device, and counts on before a mask may be made.
+    before = 0 if q_length == 1 or tracing() else int(q_offset)
+    plain = allow_is_causal_skip and local_size is None and kv_offset == 0
+    if plain and before > 0 and _sees_all(attention_mask, before + q_length):
+        make_all = partial(make, q_offset=before, allow_is_causal_skip=False)
         return CausalMask.of(make_all, (batch_size, 1, q_length, kv_length), device)
     mask: Tensor | None = make(allow_is_causal_skip=allow_is_causal_skip)
     return mask
