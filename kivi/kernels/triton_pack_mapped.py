@@ -108,7 +108,7 @@ def _planes(
     EACH: tl.constexpr = G // LANES  # channels of a thread in a group
     x, valid, factors, centers = sources
     packed, thirds, scale, zero, meta, plane = targets
-    row = tl.arange(0, ROWS)[:, None]
+    row, lane = tl.arange(0, ROWS)[:, None], tl.arange(0, LANES)[None, :]
     bad = tl.zeros([ROWS, 1], tl.int32)
     for _ in tl.range(PLANES):
         own = token.load(x + row * X_TOKEN, LANES, VECTOR, D // (LANES * VECTOR))
@@ -127,9 +127,13 @@ def _planes(
             bytes, s, z = quantize_group(own_group, CHECKED, FORMAT)
             codes = codes + bytes
             bad |= tl.where(s * 0.0 == 0.0, 0, 1)
-            tl.store(scale + meta + group, s.to(scale.dtype.element_ty))
+            # Only of lane 0; the others are there for the layout, which no store must change.
+            at = meta + group + lane
+            s = tl.broadcast_to(s, at.shape).to(scale.dtype.element_ty)
+            tl.store(scale + at, s, mask=lane == 0)
             if zero is not None:
-                tl.store(zero + meta + group, z.to(zero.dtype.element_ty))
+                z = tl.broadcast_to(z, at.shape).to(zero.dtype.element_ty)
+                tl.store(zero + at, z, mask=lane == 0)
         meta += ROWS * (D // G)
         if BITS == 3:
             codes, third = _split_thirds(codes)
@@ -197,7 +201,8 @@ def quantize_mapped(
     x += run // n * x_row + run % n * x_run
     x += head.to(tl.int64) * x_head + span.to(tl.int64) * (SPAN * X_TOKEN)
     row = tl.arange(0, ROWS)[:, None]
-    meta = (place * PAGE + start + row) * GROUPS
+    # Times 1, unknown to the compiler: it would choose a layout for neighbouring tokens.
+    meta = (place * PAGE + start + row * (1 + nothing)) * GROUPS
     factors = ()
     if smooth is not None:
         smooth += run // n * smooth_row + head.to(tl.int64) * smooth_head
