@@ -17,6 +17,21 @@ SMOOTHED = 32
 """Tokens, the first packed ones, that the channels' factors are found from."""
 
 
+SMALL_PART = -11
+LEAST_PART = -100
+
+
+def without_small(x: Tensor) -> Tensor:
+    """bfloat16 tokens `[..., D]`, float32, with 0 for what is small.
+
+    That is, less than 2^-11 of the token's largest finite element, or than 2^-100. Sums of 32
+    elements of 8 bits are then exact in float32 in any order, so that tensor cores may take them.
+    """
+    size = x.abs()
+    peak = torch.where(x.isfinite(), size, 0.0).amax(-1, keepdim=True)
+    return torch.where(size < (peak * 2.0**SMALL_PART).clamp_min(2.0**LEAST_PART), 0.0, x)
+
+
 def hadamard(x: Tensor, block: int) -> Tensor:
     """The Walsh-Hadamard map of each block of `block` channels, `[..., D]` float32; 1: none.
 

@@ -65,6 +65,7 @@ def become(target: GPUTarget) -> None:
     generation = target.arch // 10 if nvidia else 0
     triton_fast._gpu = lambda device: (132 * nvidia, 163 * 1024, generation)
     triton_quantize_mapped.FAST = nvidia
+    triton_quantize_mapped._has_tensor_cores = lambda device: generation >= 9
     triton_quantize._has_pairs = lambda device: nvidia
     torch.cuda.device = lambda device: nullcontext()  # type: ignore[misc, assignment]
     triton_decode._library.impl("decode_attention", triton_decode._decode_attention, "CPU")

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from kivi.kernels import triton_token as token
 from kivi.kernels.triton_grids import round_to
+from kivi.kernels.triton_tile_mma import pairs_of_inverses, signs, times_pairs, without_small
 from kivi.kernels.triton_tile_pack import (
     byte_of,
     insert,
@@ -88,6 +89,23 @@ def _store_thirds(
 
 
 @triton.jit
+def _factors(
+    smooth,
+    at,  # 0 for each token
+    D: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+    PAIRS: tl.constexpr,
+):
+    """What tokens are multiplied by, or nothing."""
+    out = ()
+    if smooth is not None:
+        out = token.load(smooth + at * 16, LANES, VECTOR, D // (LANES * VECTOR))
+        out = pairs_of_inverses(out) if PAIRS else token.inverses(out)
+    return out
+
+
+@triton.jit
 def _planes(
     sources,  # x, valid, factors, centers: of the first token
     targets,  # packed, thirds, scale, zero, meta, plane
@@ -99,6 +117,8 @@ def _planes(
     PLANES: tl.constexpr,
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
+    SMALL: tl.constexpr,  # whether small elements are dropped
+    TENSOR: tl.constexpr,  # whether by tensor cores
     CHECKED: tl.constexpr,
 ):
     """Add the codes of planes to bytes of words; 1 where a token's scale is not finite."""
@@ -111,11 +131,21 @@ def _planes(
     row, lane = tl.arange(0, ROWS)[:, None], tl.arange(0, LANES)[None, :]
     bad = tl.zeros([ROWS, 1], tl.int32)
     for _ in tl.range(PLANES):
-        own = token.load(x + row * X_TOKEN, LANES, VECTOR, D // (LANES * VECTOR))
+        if TENSOR:
+            own = token.load_pairs(x + row * X_TOKEN, LANES, VECTOR, D // (LANES * VECTOR))
+            if len(factors) > 0:
+                own = times_pairs(own, factors)
+            own, huge = without_small(own)
+            bad |= huge.to(tl.int32)
+            own = token.hadamard_by_tensor_cores(own, signs(ROWS), MAP, LANES, VECTOR)
+        else:
+            own = token.load(x + row * X_TOKEN, LANES, VECTOR, D // (LANES * VECTOR))
+            if len(factors) > 0:
+                own = token.times(own, factors)
+            if SMALL:
+                own = token.without_small(own)
+            own = token.hadamard(own, MAP, LANES, VECTOR)
         x += ROWS * X_TOKEN
-        if len(factors) > 0:
-            own = token.times(own, factors)
-        own = token.hadamard(own, MAP, LANES, VECTOR)
         if len(centers) > 0:
             own = token.minus(own, centers)
         if valid is not None:  # what takes no part is NaN
@@ -175,6 +205,8 @@ def quantize_mapped(
     PUT: tl.constexpr,  # planes of a run in one tile
     LANES: tl.constexpr,  # see triton_token.py
     VECTOR: tl.constexpr,
+    SMALL: tl.constexpr,  # see `QuantSpec.drops_small`
+    TENSOR: tl.constexpr,  # whether tensor cores can map tokens
 ):
     """Map and quantize tokens and put their codes, scales, zeros and centers into their page."""
     BITS: tl.constexpr = FORMAT[0]
@@ -188,6 +220,7 @@ def quantize_mapped(
     SHARED: tl.constexpr = min(CENTERED, BYTE)
     SPAN: tl.constexpr = ROWS * max(CENTERED, PUT)  # tokens of a program
     QUICK: tl.constexpr = FORMAT[1] == "unbiased" and BITS <= 3 and valid is None
+    BY_PAIRS: tl.constexpr = TENSOR and QUICK
 
     number = tl.program_id(0)
     span = number % (U // SPAN)
@@ -203,10 +236,9 @@ def quantize_mapped(
     row = tl.arange(0, ROWS)[:, None]
     # Times 1, unknown to the compiler: it would choose a layout for neighbouring tokens.
     meta = (place * PAGE + start + row * (1 + nothing)) * GROUPS
-    factors = ()
     if smooth is not None:
         smooth += run // n * smooth_row + head.to(tl.int64) * smooth_head
-        factors = token.inverses(token.load(smooth + row * (16 * nothing), LANES, VECTOR, PIECES))
+    factors = _factors(smooth, row * nothing, D, LANES, VECTOR, BY_PAIRS)
     if valid is not None:
         valid += run * valid_run + head.to(tl.int64) * valid_head
         valid += span * SPAN * valid_token
@@ -249,13 +281,15 @@ def quantize_mapped(
                 SHARED,
                 LANES,
                 VECTOR,
+                SMALL,
+                BY_PAIRS,
                 not QUICK,
             )
             # Elements are looked at for what is not finite only where one is not.
             if QUICK:  # noqa: SIM102
                 if tl.max(tl.max(bad, 1), 0) > 0:
                     new, new_thirds, bad = _planes(
-                        sources,
+                        (x, valid, _factors(smooth, row * nothing, D, LANES, VECTOR, False), centers),
                         targets,
                         valid_token,
                         X_TOKEN,
@@ -265,6 +299,8 @@ def quantize_mapped(
                         SHARED,
                         LANES,
                         VECTOR,
+                        SMALL,
+                        False,
                         True,
                     )
             packed, thirds = new, new_thirds

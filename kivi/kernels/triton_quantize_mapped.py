@@ -19,8 +19,14 @@ from kivi.spec import PAGE_TOKENS, TILE_ROWS, WORD_BITS, QuantSpec
 
 
 @cache
+def _has_tensor_cores(device: torch.device) -> bool:
+    """Whether a GPU of NVIDIA's has what triton_tile_mma.py takes."""
+    return device.type == "cuda" and torch.cuda.get_device_properties(device).major >= 9
+
+
+@cache
 def _constants(
-    spec: QuantSpec, unit: int, d: int, dtype: torch.dtype, fast: bool
+    spec: QuantSpec, unit: int, d: int, dtype: torch.dtype, fast: bool, tensor: bool
 ) -> dict[str, Any]:
     """What the kernel is compiled for, and how it shares elements out to threads."""
     group, info = spec.group(d), torch.finfo(metadata_dtype(dtype))
@@ -30,6 +36,7 @@ def _constants(
         start = spec.clip / (0.5 if bits == 1 else 2 ** (bits - 1) - 1)
     elif spec.grid == "unbiased":
         start = STEP[bits] if bits in STEP else COVER[bits] * 2 / top
+    small = dtype == torch.bfloat16 and spec.drops_small
     put = min(unit, WORD_BITS // widths(spec.bits)[0] * TILE_ROWS) // TILE_ROWS
     least = max(info.smallest_normal * info.eps, torch.finfo(torch.float32).smallest_normal)
     offset, of_dtype = zero_code(bits, spec.grid), (info.max, info.eps, least)
@@ -43,6 +50,8 @@ def _constants(
         "PUT": put,
         "LANES": lanes(d),
         "VECTOR": VECTOR,
+        "SMALL": small,
+        "TENSOR": tensor and small and lanes(d) == 4 and spec.block(d) >= 4 * VECTOR,
         "num_warps": min(16, lanes(d)),
         # Without a limit the compiler takes twice as many for fewer waits: half as many programs.
         **({"maxnreg": 128} if fast else {}),
@@ -75,7 +84,7 @@ def _op(
     (_, n, heads, unit, d), strides = rows.shape, rows.stride()[:4]
     tokens = None if center is None else PAGE_TOKENS // center.shape[2]
     spec = QuantSpec(bits, "token", group_size, grid, clip, transform, tokens)  # type: ignore[arg-type]
-    constants = _constants(spec, unit, d, x.dtype, FAST)
+    constants = _constants(spec, unit, d, x.dtype, FAST, FAST and _has_tensor_cores(x.device))
     span = TILE_ROWS * max(constants["CENTERED"], constants["PUT"])
     of_smooth = (0, 0) if smooth is None else smooth.stride()[:2]
     of_valid = (0, 0, 0) if valid is None else valid.stride()

@@ -11,9 +11,13 @@ import triton
 import triton.language as tl
 
 from kivi.grids import MEAN_STEP
+from kivi.kernels.triton_tile_mma import hadamard_of_pairs, pairs_of
 from kivi.kernels.triton_tile_pack import unpack_vector
+from kivi.transforms import LEAST_PART, SMALL_PART
 
 STEP = tl.constexpr(MEAN_STEP)
+SMALL = tl.constexpr(2.0**SMALL_PART)
+LEAST = tl.constexpr(2.0**LEAST_PART)
 
 
 @triton.constexpr_function
@@ -62,6 +66,30 @@ def hadamard(xs, BLOCK: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr)
     for k in tl.static_range(log2(BLOCK // (IN_VECTOR * IN_LANES))):
         xs = _butterfly(xs, VECTOR * 2**k)
     return scaled(xs, 2.0 ** -(log2(BLOCK) // 2))
+
+
+@triton.jit
+def hadamard_by_tensor_cores(
+    pairs, signs, BLOCK: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr
+):
+    """`hadamard` of pairs, see triton_tile_mma.py; the same numbers."""
+    xs = _butterfly(hadamard_of_pairs(pairs, signs, -(log2(BLOCK) // 2)), VECTOR // 2)
+    for k in tl.static_range(log2(BLOCK // (VECTOR * LANES))):
+        xs = _butterfly(xs, VECTOR * 2**k)
+    return xs
+
+
+@triton.jit
+def without_small(xs):
+    """`transforms.without_small`."""
+    peak = tl.zeros(xs[0].shape, tl.float32)
+    for k in tl.static_range(len(xs)):
+        peak = tl.maximum(peak, tl.where(xs[k] * 0.0 == 0.0, tl.abs(xs[k]), 0.0))
+    least = tl.maximum(tl.max(peak, 1, keep_dims=True) * SMALL, LEAST)
+    out = ()
+    for k in tl.static_range(len(xs)):
+        out = out + (tl.where(tl.abs(xs[k]) < least, 0.0, xs[k]),)
+    return out
 
 
 @triton.jit
@@ -249,4 +277,15 @@ def load(source, LANES: tl.constexpr, VECTOR: tl.constexpr, PIECES: tl.constexpr
     for piece in tl.static_range(PIECES):
         x = tl.load(source + piece * (LANES * VECTOR) + i)
         out = out + unpack_vector(x, LANES, VECTOR)
+    return out
+
+
+@triton.jit
+def load_pairs(source, LANES: tl.constexpr, VECTOR: tl.constexpr, PIECES: tl.constexpr):
+    """`load` of bfloat16 tokens, as pairs."""
+    i = tl.arange(0, LANES * VECTOR)[None, :]
+    i = i // VECTOR * VECTOR + i % VECTOR
+    out = ()
+    for piece in tl.static_range(PIECES):
+        out = out + pairs_of(tl.load(source + piece * (LANES * VECTOR) + i), LANES, VECTOR)
     return out
