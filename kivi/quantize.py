@@ -24,7 +24,7 @@ from kivi.grids import (
 from kivi.opaque import decode_opaque, encode_opaque
 from kivi.packing import insert, pack_unit, unpack
 from kivi.spec import PAGE_TOKENS, TILE_ROWS, OpaqueSpec, QuantSpec, Spec
-from kivi.transforms import hadamard, inverse_hadamard, smooth_factor, without_small
+from kivi.transforms import drops_small, hadamard, inverse_hadamard, smooth_factor, without_small
 
 
 class Pages(NamedTuple):
@@ -114,7 +114,7 @@ def quantize_unit(
     group, meta = spec.group(d), metadata_dtype(x.dtype)
     if valid is None:
         valid = torch.ones(tokens, dtype=torch.bool, device=x.device)
-    small = x.dtype == torch.bfloat16 and spec.drops_small
+    small = drops_small(spec, x.dtype)
     x = x.float()
     own = x if smooth is None else x / smooth
     own = hadamard(without_small(own) if small else own, spec.block(d))

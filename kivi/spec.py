@@ -118,14 +118,6 @@ class QuantSpec:
         return self.grid in ("asymmetric", "least_squares")
 
     @property
-    def drops_small(self) -> bool:
-        """Whether what is small in a bfloat16 token is left out (`transforms.without_small`).
-
-        Where there are few levels the error is at least a hundred times what that adds.
-        """
-        return self.transform is not None and self.grid == "unbiased" and self.bits <= 3
-
-    @property
     def stable(self) -> bool:
         """Whether quantizing what was quantized finds it again: a clipped range shrinks anew."""
         return self.clip == 1

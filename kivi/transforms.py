@@ -11,7 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from kivi.spec import Rope, Smooth
+from kivi.spec import QuantSpec, Rope, Smooth
 
 SMOOTHED = 32
 """Tokens, the first packed ones, that the channels' factors are found from."""
@@ -19,6 +19,15 @@ SMOOTHED = 32
 
 SMALL_PART = -11
 LEAST_PART = -100
+
+
+def drops_small(spec: QuantSpec, dtype: torch.dtype) -> bool:
+    """Whether tokens are mapped without what is small in them: see `without_small`.
+
+    Only where there are so few levels that their error is at least a hundred times what that adds.
+    """
+    few = spec.grid == "unbiased" and spec.bits <= 3
+    return dtype == torch.bfloat16 and few and spec.transform is not None
 
 
 def without_small(x: Tensor) -> Tensor:

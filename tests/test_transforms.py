@@ -1,6 +1,7 @@
 """Rotation, centre, norm, smoothing and the midpoint grids, against formulas in float64."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from kivi import KVQuantizer, KVSpec, LayerCache, QuantSpec
 from kivi.grids import FIXED, fixed_point, mean, norm, round_to
 from kivi.kernels import reference
 from kivi.quantize import dequantize, quantize
-from kivi.transforms import hadamard, inverse_hadamard, smooth_factor
+from kivi.transforms import drops_small, hadamard, inverse_hadamard, smooth_factor, without_small
 
 
 def randn(*shape, seed=0):
@@ -181,6 +182,24 @@ def test_clip_shrinks_the_range():
     for grid in ("symmetric", "midpoint"):
         back = dequantize(quantize(x, QuantSpec(4, "token", None, grid, clip=0.5)))
         assert float(back.abs().amax()) <= 0.6 * float(x.abs().amax())
+
+
+def test_sums_are_exact_without_what_is_small():
+    """So that tensor cores find what plain torch does; only bfloat16 at few levels needs it."""
+    x = (randn(4, 256, 64) * torch.exp(6 * randn(4, 256, 64, seed=1))).bfloat16().float()
+    x[0, 0], x[0, 1] = 0.0, 1e-35
+    x[1, :, 3], x[2, 5, 7], x[3, 9, 60] = 2.0**100, torch.inf, -torch.inf
+    kept = without_small(x)
+    finite = torch.where(x.isfinite(), x.abs(), 0.0).amax(-1, keepdim=True)
+    assert torch.equal(kept == 0, (x.abs() < finite / 2048) | (x.abs() < 2.0**-100))
+    assert torch.equal(kept[kept != 0], x[kept != 0])
+    kept, x = (y.nan_to_num(1.0, 1.0, 1.0) for y in (kept, x))
+    assert torch.equal(hadamard(kept, 32).double(), hadamard(kept.double(), 32))
+    assert not torch.equal(hadamard(x, 32).double(), hadamard(x.double(), 32))
+    spec = QuantSpec(2, "token", None, "unbiased", transform="hadamard")
+    assert drops_small(spec, torch.bfloat16) and not drops_small(spec, torch.float16)
+    for other in (replace(spec, bits=4), replace(spec, transform=None)):
+        assert not drops_small(other, torch.bfloat16)
 
 
 # ---------------------------------------------------------------- centre, norm, smoothing

@@ -205,7 +205,7 @@ def quantize_mapped(
     PUT: tl.constexpr,  # planes of a run in one tile
     LANES: tl.constexpr,  # see triton_token.py
     VECTOR: tl.constexpr,
-    SMALL: tl.constexpr,  # see `QuantSpec.drops_small`
+    SMALL: tl.constexpr,  # see `transforms.drops_small`
     TENSOR: tl.constexpr,  # whether tensor cores can map tokens
 ):
     """Map and quantize tokens and put their codes, scales, zeros and centers into their page."""
@@ -289,7 +289,12 @@ def quantize_mapped(
             if QUICK:  # noqa: SIM102
                 if tl.max(tl.max(bad, 1), 0) > 0:
                     new, new_thirds, bad = _planes(
-                        (x, valid, _factors(smooth, row * nothing, D, LANES, VECTOR, False), centers),
+                        (
+                            x,
+                            valid,
+                            _factors(smooth, row * nothing, D, LANES, VECTOR, False),
+                            centers,
+                        ),
                         targets,
                         valid_token,
                         X_TOKEN,

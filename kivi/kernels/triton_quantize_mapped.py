@@ -16,6 +16,7 @@ from kivi.kernels.triton_portable import FAST
 from kivi.packing import widths
 from kivi.quantize import Pages
 from kivi.spec import PAGE_TOKENS, TILE_ROWS, WORD_BITS, QuantSpec
+from kivi.transforms import drops_small
 
 
 @cache
@@ -36,7 +37,7 @@ def _constants(
         start = spec.clip / (0.5 if bits == 1 else 2 ** (bits - 1) - 1)
     elif spec.grid == "unbiased":
         start = STEP[bits] if bits in STEP else COVER[bits] * 2 / top
-    small = dtype == torch.bfloat16 and spec.drops_small
+    small = drops_small(spec, dtype)
     put = min(unit, WORD_BITS // widths(spec.bits)[0] * TILE_ROWS) // TILE_ROWS
     least = max(info.smallest_normal * info.eps, torch.finfo(torch.float32).smallest_normal)
     offset, of_dtype = zero_code(bits, spec.grid), (info.max, info.eps, least)

@@ -44,11 +44,14 @@ def insert_pairs(pointers, words, plane, WIDTH: tl.constexpr, PLANES: tl.constex
 
 @triton.jit
 def join_bytes(a, b, c, d):
-    """Four numbers below 256, plus ROUND as float32, as the bytes of an int32."""
+    """Four numbers below 256 as the bytes of an int32.
+
+    They come as float32, plus ROUND, the third plus ROUND + 192 and the fourth plus ROUND + 116:
+    what is left of these in the sum is 0.
+    """
     a, b = a.to(tl.int32, bitcast=True), b.to(tl.int32, bitcast=True)
     c, d = c.to(tl.int32, bitcast=True), d.to(tl.int32, bitcast=True)
-    # ROUND is 0x4b400000, of which the second adds 0x40000000.
-    return a + b * 256 + c * 65536 + d * 16777216 + 1958739968
+    return a + b * 256 + c * 65536 + d * 16777216
 
 
 @triton.jit
@@ -68,8 +71,14 @@ def join_signs(a, b, c, d, FAST: tl.constexpr):
 
 @triton.jit
 def bytes_over(x, least):
-    """Bytes 1 where a byte of x, up to 128, is more than `least`, up to 127, else 0."""
-    return ((x + (127 - least) * 16843009) >> 7) & 16843009
+    """Bytes 128 where a byte of x, up to 128, is more than `least`, up to 127, else 0."""
+    return (x + (127 - least) * 16843009) & -2139062144
+
+
+@triton.jit
+def ones_of_bytes(x):
+    """Bytes 1 of bytes 128."""
+    return (x >> 7) & 16843009
 
 
 @triton.jit

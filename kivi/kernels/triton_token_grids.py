@@ -17,8 +17,9 @@ from kivi.kernels.triton_tile_pack import (
     dot_bytes,
     join_bytes,
     join_signs,
+    ones_of_bytes,
 )
-from kivi.kernels.triton_token import largest, range_of, total
+from kivi.kernels.triton_token import largest, plus_scaled, range_of, total
 
 FEW = tl.constexpr(FEW_PARTS)
 FIXED = tl.constexpr(MANY_PARTS)
@@ -68,22 +69,21 @@ def _few_levels(
     part, inverse = _parts(peak, FEW)
     size, signs = (), ()
     square = tl.zeros(xs[0].shape, tl.int32)
+    sizes, one = square, square + EACH
     for j in tl.static_range(QUADS):
         a, b, c, d = known[4 * j], known[4 * j + 1], known[4 * j + 2], known[4 * j + 3]
         signs = signs + (join_signs(a, b, c, d, FAST),)
         a, b = tl.fma(tl.abs(a), inverse, ROUND), tl.fma(tl.abs(b), inverse, ROUND)
-        c, d = tl.fma(tl.abs(c), inverse, ROUND), tl.fma(tl.abs(d), inverse, ROUND)
+        c, d = tl.fma(tl.abs(c), inverse, ROUND + 192), tl.fma(tl.abs(d), inverse, ROUND + 116)
         size = size + (join_bytes(a, b, c, d),)
         square = dot_bytes(size[j], size[j], square, FAST)
+        sizes = dot_bytes(size[j], one, sizes, FAST)
     squares = total(square)
     over = ()
     for _ in tl.static_range(QUADS):
         over = over + (tl.zeros(xs[0].shape, tl.int32),)
-    product = tl.zeros(xs[0].shape, tl.int32)
-    if INNER == 1:
-        for j in tl.static_range(QUADS):
-            product = dot_bytes(size[j], over[j] + EACH, product, FAST)
-    else:
+    product = total(sizes)
+    if INNER > 1:
         if CHECKED:
             step = tl.math.div_rn(squares, tl.maximum(count, 1.0))
         elif G & (G - 1) == 0:
@@ -92,27 +92,25 @@ def _few_levels(
             step = tl.math.div_rn(squares, G * 1.0)
         step = tl.math.sqrt_rn(step) * START
         for refit in tl.static_range(2):
-            over = ()
-            product = tl.zeros(xs[0].shape, tl.int32)
+            above = tl.zeros(xs[0].shape, tl.int32)  # 128 times the sizes over a step, for each
             norm = tl.zeros(xs[0].shape, tl.int32)
-            least = ()
             for i in tl.static_range(1, INNER):
-                least = least + (tl.minimum(tl.floor(step * i), FEW - 1.0).to(tl.int32),)
-            for j in tl.static_range(QUADS):
-                above = bytes_over(size[j], least[0])
-                for i in tl.static_range(1, INNER - 1):
-                    above += bytes_over(size[j], least[i])
-                over = over + (above,)
-                level = above * 2 + EACH
-                product = dot_bytes(size[j], level, product, FAST)
-                if refit == 0:
-                    norm = dot_bytes(level, level, norm, FAST)
+                least = tl.minimum(tl.floor(step * i), FEW - 1.0).to(tl.int32)
+                part_over = ()
+                for j in tl.static_range(QUADS):
+                    bits = bytes_over(size[j], least)
+                    above = dot_bytes(size[j], bits, above, FAST)
+                    if refit == 0:
+                        norm = dot_bytes(bits, one * i, norm, FAST)
+                    part_over = part_over + (ones_of_bytes(bits),)
+                if refit == 1:
+                    over = plus_scaled(over, part_over, 1)
+            # A level is 1 and 2 for every step below; its square 1 and 8 i for the i-th.
+            product = total(sizes * 128 + above * 2) * (1.0 / 128)
             if refit == 0:
-                norm = total(norm)
-                if CHECKED:
-                    norm -= G - count
-                step = tl.math.div_rn(2 * total(product), tl.maximum(norm, 1.0))
-    ratio = tl.math.div_rn(squares, tl.maximum(total(product), 1.0))
+                norm = total(norm) * (1.0 / 16) + count
+                step = tl.math.div_rn(2 * product, tl.maximum(norm, 1.0))
+    ratio = tl.math.div_rn(squares, tl.maximum(product, 1.0))
     codes = ()
     for j in tl.static_range(QUADS):
         code = over[j] + INNER * EACH
