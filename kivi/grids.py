@@ -71,7 +71,9 @@ FIXED = 2**10
 FEW = 2**7
 # Where the refit of an unbiased grid starts. Few levels: the step that is best for a Gaussian, in
 # standard deviations (Max, 1960, table II); many must reach the largest element, or most of it.
+# A refit of the step of two or four levels takes less than 1 % off the error.
 STEP = {1: 1.596, 2: 0.9957, 3: 0.586}
+REFITS = {1: 0, 2: 0, 3: 1}
 COVER = {4: 0.9, 8: 1.0}
 
 
@@ -149,13 +151,14 @@ def unbiased(x: Tensor, valid: Tensor, bits: int, dtype: torch.dtype) -> tuple[T
         size, inner = parts.abs(), 2 ** (bits - 1)
         squares = total(size * size)
         step = (squares / finite.sum(-1, keepdim=True).clamp_min(1)).sqrt() * STEP[bits]
-        for _ in range(2):
+        for refit in range(REFITS[bits] + 1):
+            if refit:
+                step = 2 * product / total(level * level).clamp_min(1.0)
             over = torch.zeros_like(size)
             for i in range(1, inner):
                 over = over + (size > (step * i).floor().clamp_max(FEW - 1))
             level = torch.where(finite, 2 * over + 1, 0)
             product = total(size * level)
-            step = 2 * product / total(level * level).clamp_min(1.0)
         # What is not finite gets an outermost level, NaN the lowest.
         over = torch.where(finite, over, inner - 1)
         negative = torch.where(finite, x.signbit(), ~(valid & (x > 0)))

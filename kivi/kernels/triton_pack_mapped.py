@@ -20,7 +20,7 @@ from kivi.kernels.triton_tile_pack import (
     plane_weight,
     split_thirds,
 )
-from kivi.kernels.triton_token_grids import quantize_group
+from kivi.kernels.triton_token_grids import quantize_group, turned_bit
 from kivi.spec import PAGE_TOKENS, TILE_ROWS
 
 PAGE = tl.constexpr(PAGE_TOKENS)
@@ -110,6 +110,7 @@ def _planes(
     sources,  # x, valid, factors, centers: of the first token
     targets,  # packed, thirds, scale, zero, meta, plane
     valid_token,
+    nothing,
     X_TOKEN: tl.constexpr,
     FORMAT: tl.constexpr,
     MAP: tl.constexpr,
@@ -126,10 +127,13 @@ def _planes(
     G: tl.constexpr = FORMAT[2]
     WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
     EACH: tl.constexpr = G // LANES  # channels of a thread in a group
+    # Of every plane, in every byte.
+    TURNED: tl.constexpr = turned_bit(FORMAT) * 16843009 // (4 if BITS == 3 else 1)
     x, valid, factors, centers = sources
     packed, thirds, scale, zero, meta, plane = targets
     row, lane = tl.arange(0, ROWS)[:, None], tl.arange(0, LANES)[None, :]
     bad = tl.zeros([ROWS, 1], tl.int32)
+    turned = 0
     for _ in tl.range(PLANES):
         if TENSOR:
             own = token.load_pairs(x + row * X_TOKEN, LANES, VECTOR, D // (LANES * VECTOR))
@@ -137,7 +141,7 @@ def _planes(
                 own = times_pairs(own, factors)
             own, huge = without_small(own)
             bad |= huge.to(tl.int32)
-            own = token.hadamard_by_tensor_cores(own, signs(ROWS), MAP, LANES, VECTOR)
+            own = token.hadamard_by_tensor_cores(own, signs(ROWS), nothing, MAP, LANES, VECTOR)
         else:
             own = token.load(x + row * X_TOKEN, LANES, VECTOR, D // (LANES * VECTOR))
             if len(factors) > 0:
@@ -165,12 +169,123 @@ def _planes(
                 z = tl.broadcast_to(z, at.shape).to(zero.dtype.element_ty)
                 tl.store(zero + at, z, mask=lane == 0)
         meta += ROWS * (D // G)
+        weight = plane_weight(plane % (8 // WIDTH), WIDTH)
         if BITS == 3:
             codes, third = _split_thirds(codes)
-            thirds = token.plus_scaled(thirds, third, plane_weight(plane % 8, 1))
-        packed = token.plus_scaled(packed, codes, plane_weight(plane % (8 // WIDTH), WIDTH))
+            third_weight = plane_weight(plane % 8, 1)
+            thirds = token.plus_scaled(thirds, third, third_weight)
+            turned += TURNED * third_weight
+        else:
+            turned += TURNED * weight
+        packed = token.plus_scaled(packed, codes, weight)
         plane += 1
+    if TURNED != 0:
+        if BITS == 3:
+            thirds = token.turned(thirds, turned)
+        else:
+            packed = token.turned(packed, turned)
     return packed, thirds, bad
+
+
+@triton.jit
+def _center(
+    at,  # where it goes, [channels]
+    x,
+    valid,
+    smooth,
+    valid_token,
+    X_TOKEN: tl.constexpr,
+    FORMAT: tl.constexpr,
+    MAP: tl.constexpr,
+    D: tl.constexpr,
+    PADDED: tl.constexpr,
+    TOKENS: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+    CHECKED: tl.constexpr,
+):
+    """Store the mapped mean of tokens."""
+    means = token.means(
+        *(x, valid, X_TOKEN, valid_token),
+        *(D, LANES, VECTOR, PADDED, TOKENS, CHECKED),
+    )
+    channel = tl.arange(0, PADDED)
+    known = None if D == PADDED else channel < D
+    if smooth is not None:
+        means = tl.math.div_rn(means, tl.load(smooth + channel, mask=known))
+    means = token.hadamard_of_one(means, MAP)
+    means = tl.where(means * 0.0 == 0.0, means, 0.0)
+    means = round_to(means, FORMAT[6], FORMAT[7], FORMAT[8])
+    tl.store(at + channel, means.to(at.dtype.element_ty), mask=known)
+    tl.debug_barrier()
+
+
+@triton.jit
+def _span(
+    sources,  # x, valid, smooth: of the first token
+    targets,  # words and center: of the page and head; scale, zero, meta, plane
+    valid_token,
+    nothing,
+    X_TOKEN: tl.constexpr,
+    FORMAT: tl.constexpr,
+    MAP: tl.constexpr,
+    D: tl.constexpr,
+    PADDED: tl.constexpr,
+    CENTERED: tl.constexpr,
+    PUT: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+    SMALL: tl.constexpr,
+    TENSOR: tl.constexpr,
+    CHECKED: tl.constexpr,
+):
+    """Quantize the tokens of a program; 1 where a token's scale is not finite, if not CHECKED."""
+    BITS: tl.constexpr = FORMAT[0]
+    WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
+    BYTE: tl.constexpr = min(PUT, 8 // WIDTH)  # planes in a byte of a word
+    SHARED: tl.constexpr = min(CENTERED, BYTE)
+    PIECES: tl.constexpr = D // (LANES * VECTOR)
+    PARTS: tl.constexpr = max(CENTERED, PUT) // BYTE
+    x, valid, smooth = sources
+    words, center, scale, zero, meta, plane = targets
+    row = tl.arange(0, ROWS)[:, None]
+    factors = _factors(smooth, row * nothing, D, LANES, VECTOR, TENSOR)
+    none = token.zeros(ROWS, LANES, D // (4 * LANES))
+    before, thirds = none, none
+    bad = tl.zeros([ROWS, 1], tl.int32)
+    for part in tl.range(PARTS):
+        if FORMAT[9] and PARTS > 1:  # FAST
+            if part + 1 < PARTS:
+                token.prefetch(x + BYTE * ROWS * X_TOKEN, X_TOKEN, D, BYTE * ROWS)
+        packed = none
+        for _ in tl.range(BYTE // SHARED):
+            centers = ()
+            if center is not None:
+                at = center + plane // CENTERED * D
+                if plane % CENTERED == 0:
+                    _center(
+                        *(at, x, valid, smooth, valid_token, X_TOKEN, FORMAT, MAP),
+                        *(D, PADDED, CENTERED * ROWS, LANES, VECTOR, CHECKED),
+                    )
+                centers = token.load(at + row * (16 * nothing), LANES, VECTOR, PIECES)
+            packed, thirds, new_bad = _planes(
+                (x, valid, factors, centers),
+                (packed, thirds, scale, zero, meta, plane),
+                *(valid_token, nothing, X_TOKEN, FORMAT, MAP),
+                *(D, SHARED, LANES, VECTOR, SMALL, TENSOR, CHECKED),
+            )
+            bad |= new_bad
+            x += SHARED * ROWS * X_TOKEN
+            meta += SHARED * ROWS * (D // FORMAT[2])
+            if valid is not None:
+                valid += SHARED * ROWS * valid_token
+            plane += SHARED
+        if (part + 1) % (PUT // BYTE) == 0:
+            _store(words, before, packed, plane - PUT, D, WIDTH, PUT, LANES)
+            if BITS == 3:
+                _store_thirds(words + 2 * ROWS * D, thirds, plane - PUT, D, PUT, LANES, VECTOR)
+        before = packed
+    return bad
 
 
 @triton.jit(do_not_specialize=["n", "nothing"])
@@ -209,18 +324,9 @@ def quantize_mapped(
     TENSOR: tl.constexpr,  # whether tensor cores can map tokens
 ):
     """Map and quantize tokens and put their codes, scales, zeros and centers into their page."""
-    BITS: tl.constexpr = FORMAT[0]
     GROUPS: tl.constexpr = D // FORMAT[2]
-    LIMIT: tl.constexpr = FORMAT[6]
-    EPS: tl.constexpr = FORMAT[7]
-    LEAST: tl.constexpr = FORMAT[8]
-    WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
-    PIECES: tl.constexpr = D // (LANES * VECTOR)
-    BYTE: tl.constexpr = min(PUT, 8 // WIDTH)  # planes in a byte of a word
-    SHARED: tl.constexpr = min(CENTERED, BYTE)
     SPAN: tl.constexpr = ROWS * max(CENTERED, PUT)  # tokens of a program
-    QUICK: tl.constexpr = FORMAT[1] == "unbiased" and BITS <= 3 and valid is None
-    BY_PAIRS: tl.constexpr = TENSOR and QUICK
+    QUICK: tl.constexpr = FORMAT[1] == "unbiased" and FORMAT[0] <= 3 and valid is None
 
     number = tl.program_id(0)
     span = number % (U // SPAN)
@@ -238,84 +344,22 @@ def quantize_mapped(
     meta = (place * PAGE + start + row * (1 + nothing)) * GROUPS
     if smooth is not None:
         smooth += run // n * smooth_row + head.to(tl.int64) * smooth_head
-    factors = _factors(smooth, row * nothing, D, LANES, VECTOR, BY_PAIRS)
     if valid is not None:
         valid += run * valid_run + head.to(tl.int64) * valid_head
         valid += span * SPAN * valid_token
-    words += place * (BITS * ROWS * D)
-    plane = (start // ROWS).to(tl.int32)
-    none = token.zeros(ROWS, LANES, D // (4 * LANES))
-    before, thirds = none, none
-    for part in tl.range(SPAN // (BYTE * ROWS)):
-        packed = none
-        for _ in tl.range(BYTE // SHARED):
-            centers = ()
-            if center is not None:
-                at = center + (place * (PAGE // (CENTERED * ROWS)) + plane // CENTERED) * D
-                if plane % CENTERED == 0:
-                    means = token.means(
-                        *(x, valid, X_TOKEN, valid_token),
-                        *(D, LANES, VECTOR, PADDED, CENTERED * ROWS),
-                    )
-                    channel = tl.arange(0, PADDED)
-                    known = None if D == PADDED else channel < D
-                    if smooth is not None:
-                        divisor = tl.load(smooth + channel, mask=known)
-                        means = tl.math.div_rn(means, divisor)
-                    means = token.hadamard_of_one(means, MAP)
-                    means = tl.where(means * 0.0 == 0.0, means, 0.0)
-                    means = round_to(means, LIMIT, EPS, LEAST)
-                    tl.store(at + channel, means.to(center.dtype.element_ty), mask=known)
-                    tl.debug_barrier()
-                centers = token.load(at + row * (16 * nothing), LANES, VECTOR, PIECES)
-            sources = (x, valid, factors, centers)
-            targets = (packed, thirds, scale, zero, meta, plane)
-            new, new_thirds, bad = _planes(
-                sources,
-                targets,
-                valid_token,
-                X_TOKEN,
-                FORMAT,
-                MAP,
-                D,
-                SHARED,
-                LANES,
-                VECTOR,
-                SMALL,
-                BY_PAIRS,
-                not QUICK,
+    words += place * (FORMAT[0] * ROWS * D)
+    if center is not None:
+        center += place * (PAGE // (CENTERED * ROWS) * D)
+    sources = (x, valid, smooth)
+    targets = (words, center, scale, zero, meta, (start // ROWS).to(tl.int32))
+    bad = _span(
+        *(sources, targets, valid_token, nothing, X_TOKEN, FORMAT, MAP, D, PADDED, CENTERED),
+        *(PUT, LANES, VECTOR, SMALL, TENSOR and QUICK, not QUICK),
+    )
+    # Elements are looked at for what is not finite only where one is not.
+    if QUICK:  # noqa: SIM102
+        if tl.max(tl.max(bad, 1), 0) > 0:
+            _span(
+                *(sources, targets, valid_token, nothing, X_TOKEN, FORMAT, MAP, D, PADDED),
+                *(CENTERED, PUT, LANES, VECTOR, SMALL, False, True),
             )
-            # Elements are looked at for what is not finite only where one is not.
-            if QUICK:  # noqa: SIM102
-                if tl.max(tl.max(bad, 1), 0) > 0:
-                    new, new_thirds, bad = _planes(
-                        (
-                            x,
-                            valid,
-                            _factors(smooth, row * nothing, D, LANES, VECTOR, False),
-                            centers,
-                        ),
-                        targets,
-                        valid_token,
-                        X_TOKEN,
-                        FORMAT,
-                        MAP,
-                        D,
-                        SHARED,
-                        LANES,
-                        VECTOR,
-                        SMALL,
-                        False,
-                        True,
-                    )
-            packed, thirds = new, new_thirds
-            x += SHARED * ROWS * X_TOKEN
-            meta += SHARED * ROWS * GROUPS
-            if valid is not None:
-                valid += SHARED * ROWS * valid_token
-            plane += SHARED
-        if (part + 1) % (PUT // BYTE) == 0:
-            _store(words, before, packed, plane - PUT, D, WIDTH, PUT, LANES)
-            if BITS == 3:
-                _store_thirds(words + 2 * ROWS * D, thirds, plane - PUT, D, PUT, LANES, VECTOR)
-        before = packed

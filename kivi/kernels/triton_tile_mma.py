@@ -71,8 +71,9 @@ def without_small(xs):
     peak = _larger(peak, peak * 65536 | ((peak >> 16) & 65535))
     peak = tl.reduce(peak, 1, _larger, keep_dims=True) & 0x7FFF7FFF
     least = tl.maximum(peak, (LEAST + SMALL) * 65537) - SMALL * 65537
-    asm: tl.constexpr = """{ .reg .b32 a, z; mov.b32 z, 0; abs.bf16x2 a, $1;
-        set.ge.bf16x2.bf16x2 a, a, $2; fma.rn.bf16x2 $0, $1, a, z; }"""
+    # Magnitudes compare like float16: of what would be NaN there, all is huge.
+    asm: tl.constexpr = """{ .reg .b32 a; abs.f16x2 a, $1; set.ge.u32.f16x2 a, a, $2;
+        and.b32 $0, $1, a; }"""
     out = ()
     for k in tl.static_range(len(xs)):
         limit = tl.broadcast_to(least, xs[k].shape)
@@ -82,14 +83,14 @@ def without_small(xs):
 
 
 @triton.jit
-def _multiply(a, b, c, d, first, second):
-    asm: tl.constexpr = """{ .reg .f32 z; mov.f32 z, 0f00000000;
-        mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {$0, $1, $2, $3},
-        {$4, $5, $6, $7}, {$8, $9}, {z, z, z, z}; }"""
+def _multiply(a, first, second, c):
+    """`a` times signs, plus c: the second operand's halves, its upper and lower rows."""
+    asm: tl.constexpr = """mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {$0, $1, $2, $3},
+        {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"""
     return tl.inline_asm_elementwise(
         asm,
-        "=f,=f,=f,=f,r,r,r,r,r,r",
-        [a, b, c, d, first, second],
+        "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
+        [a[0], a[1], a[2], a[3], first, second, c[0], c[1], c[2], c[3]],
         (tl.float32, tl.float32, tl.float32, tl.float32),
         True,
         1,
@@ -108,19 +109,39 @@ def signs(TOKENS: tl.constexpr):
 
 
 @triton.jit
-def hadamard_of_pairs(xs, signs, EXPONENT: tl.constexpr):
-    """Four steps of `transforms.hadamard`, of channels 1, 2, 8 and 16 apart, times 2^EXPONENT.
+def _piece(xs, NUMBER: tl.constexpr):
+    return xs[4 * NUMBER], xs[4 * NUMBER + 1], xs[4 * NUMBER + 2], xs[4 * NUMBER + 3]
+
+
+@triton.jit
+def hadamard_of_pairs(xs, signs, nothing, EXPONENT: tl.constexpr):
+    """Five steps of `transforms.hadamard`, of channels 1 to 16 apart, times 2^EXPONENT.
 
     Exact where small elements are left out, so that their order does not matter. Float32.
+    `nothing`: 0, unknown to the compiler.
     """
     one: tl.constexpr = (127 + EXPONENT) * 128 * 65537
-    same = signs | one
-    other = same ^ -2147450880  # the sign of each
+    PIECES: tl.constexpr = len(xs) // 4
+    plus = signs | one
+    minus = plus ^ -2147450880  # the sign of each
+    # Operands are pairs of neighbouring registers: no pair must be made of another one's.
+    plus_0, plus_1, plus_2 = plus | nothing, plus | (nothing * 2), plus | (nothing * 3)
+    minus_0, minus_1, minus_2 = minus | nothing, minus | (nothing * 2), minus | (nothing * 3)
+    zero = tl.zeros(plus.shape, tl.float32)
+    none = (zero, zero, zero, zero)
     out = ()
-    for k in tl.static_range(len(xs) // 4):
-        # Rows of the first operand: a warp's tokens, and once more. Columns: the channels, 2 apart.
-        a, b, c, d = xs[4 * k], xs[4 * k + 2], xs[4 * k + 1], xs[4 * k + 3]
-        a0, a1, b0, b1 = _multiply(a, b, c, d, same, same)
-        c0, c1, d0, d1 = _multiply(a, b, c, d, same, other)
-        out = out + (a0, a1, c0, c1, b0, b1, d0, d1)
+    for half in tl.static_range((PIECES + 1) // 2):
+        # Rows: a warp's tokens, of one piece and of the next. Columns: the channels, 2 apart.
+        one_piece, next_piece = _piece(xs, 2 * half), _piece(xs, min(2 * half + 1, PIECES - 1))
+        low = (one_piece[0], next_piece[0], one_piece[1], next_piece[1])
+        high = (one_piece[2], next_piece[2], one_piece[3], next_piece[3])
+        sums = _multiply(low, plus, plus_0, none)
+        differences = _multiply(low, plus_1, minus, none)
+        a = _multiply(high, plus, plus_0, sums)
+        b = _multiply(high, plus_1, minus, differences)
+        c = _multiply(high, minus_0, minus_1, sums)
+        d = _multiply(high, minus_2, plus_2, differences)
+        out = out + (a[0], a[1], b[0], b[1], c[0], c[1], d[0], d[1])
+        if 2 * half + 1 < PIECES:
+            out = out + (a[2], a[3], b[2], b[3], c[2], c[3], d[2], d[3])
     return out

@@ -76,9 +76,29 @@ def bytes_over(x, least):
 
 
 @triton.jit
-def ones_of_bytes(x):
-    """Bytes 1 of bytes 128."""
-    return (x >> 7) & 16843009
+def quotient(a, b, FAST: tl.constexpr):
+    """`a / b`, rounded as IEEE 754 wants it; both 0 or between 2^-60 and 2^60, b not 0."""
+    if FAST:  # what the compiler makes of a division, without a branch for other numbers
+        asm: tl.constexpr = """{ .reg .f32 n, r, e, q; neg.f32 n, $2; rcp.approx.ftz.f32 r, $2;
+            fma.rn.f32 e, n, r, 0f3f800000; fma.rn.f32 r, r, e, r; mul.rn.f32 q, $1, r;
+            fma.rn.f32 e, n, q, $1; fma.rn.f32 $0, r, e, q; }"""
+        out = tl.inline_asm_elementwise(asm, "=f,f,f", [a, b], tl.float32, True, 1)
+    else:
+        out = tl.math.div_rn(a, b)
+    return out
+
+
+@triton.jit
+def root(x, FAST: tl.constexpr):
+    """`sqrt(x)`, rounded as IEEE 754 wants it; x is 0 or between 2^-60 and 2^60."""
+    if FAST:
+        asm: tl.constexpr = """{ .reg .f32 x, r, s, h, e; max.f32 x, $1, 0f0d800000;
+            rsqrt.approx.ftz.f32 r, x; mul.rn.f32 s, $1, r; mul.rn.f32 h, r, 0f3f000000;
+            neg.f32 e, s; fma.rn.f32 e, e, s, $1; fma.rn.f32 $0, e, h, s; }"""
+        out = tl.inline_asm_elementwise(asm, "=f,f", [x], tl.float32, True, 1)
+    else:
+        out = tl.math.sqrt_rn(x)
+    return out
 
 
 @triton.jit
@@ -115,17 +135,16 @@ def split_thirds(codes):
 @triton.jit
 def unpack_vector(x, LANES: tl.constexpr, VECTOR: tl.constexpr):
     """Elements [tokens, LANES * VECTOR] as VECTOR tensors [tokens, LANES] in float32."""
-    width: tl.constexpr = tl.int16 if x.dtype.primitive_bitwidth == 16 else tl.int32
-    bits = tl.reshape(x.to(width, bitcast=True), [x.shape[0], LANES, VECTOR])
+    if x.dtype == tl.bfloat16:
+        bits = x.to(tl.int16, bitcast=True).to(tl.int32) << 16
+    else:
+        bits = x.to(tl.float32).to(tl.int32, bitcast=True)
+    bits = tl.reshape(bits, [x.shape[0], LANES, VECTOR])
     place = tl.arange(0, VECTOR)[None, None, :]
     out = ()
     for k in tl.static_range(VECTOR):
         # A thread has them all, so that nothing is left of this but the choice of a register.
         one = tl.sum(tl.where(place == k, bits, 0), 2)
-        if x.dtype == tl.bfloat16:
-            one = one << 16
-        elif x.dtype == tl.float16:
-            one = one.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
         out = out + (one.to(tl.float32, bitcast=True),)
     return out
 

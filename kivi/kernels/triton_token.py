@@ -12,10 +12,11 @@ import triton.language as tl
 
 from kivi.grids import MEAN_STEP
 from kivi.kernels.triton_tile_mma import hadamard_of_pairs, pairs_of
-from kivi.kernels.triton_tile_pack import unpack_vector
+from kivi.kernels.triton_tile_pack import pair, unpack_vector, unpair
 from kivi.transforms import LEAST_PART, SMALL_PART
 
 STEP = tl.constexpr(MEAN_STEP)
+WARP = tl.constexpr(32)
 SMALL = tl.constexpr(2.0**SMALL_PART)
 LEAST = tl.constexpr(2.0**LEAST_PART)
 
@@ -70,10 +71,10 @@ def hadamard(xs, BLOCK: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr)
 
 @triton.jit
 def hadamard_by_tensor_cores(
-    pairs, signs, BLOCK: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr
+    pairs, signs, nothing, BLOCK: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr
 ):
     """`hadamard` of pairs, see triton_tile_mma.py; the same numbers."""
-    xs = _butterfly(hadamard_of_pairs(pairs, signs, -(log2(BLOCK) // 2)), VECTOR // 2)
+    xs = hadamard_of_pairs(pairs, signs, nothing, -(log2(BLOCK) // 2))
     for k in tl.static_range(log2(BLOCK // (VECTOR * LANES))):
         xs = _butterfly(xs, VECTOR * 2**k)
     return xs
@@ -95,8 +96,17 @@ def without_small(xs):
 @triton.jit
 def hadamard_of_one(x, BLOCK: tl.constexpr):
     """`transforms.hadamard` of one token [channels]."""
-    channel = tl.arange(0, x.shape[0])
-    for k in tl.static_range(log2(BLOCK)):
+    COUNT: tl.constexpr = x.shape[0]
+    IN_WARP: tl.constexpr = min(BLOCK, WARP)
+    # A warp has a row: its lanes need no memory to get at each other's channels.
+    x = tl.reshape(x, [COUNT // WARP, WARP])
+    lane = tl.arange(0, WARP)[None, :]
+    for k in tl.static_range(log2(IN_WARP)):
+        sign = tl.where((lane & 2**k) == 0, 1.0, -1.0)
+        x = tl.fma(x, sign, tl.gather(x, tl.broadcast_to(lane ^ 2**k, x.shape), 1))
+    x = tl.reshape(x, [COUNT])
+    channel = tl.arange(0, COUNT)
+    for k in tl.static_range(log2(IN_WARP), log2(BLOCK)):
         sign = tl.where((channel & 2**k) == 0, 1.0, -1.0)
         x = tl.fma(x, sign, tl.gather(x, channel ^ 2**k, 0))
     return x * 2.0 ** -(log2(BLOCK) // 2)
@@ -153,6 +163,15 @@ def zeros(TOKENS: tl.constexpr, LANES: tl.constexpr, COUNT: tl.constexpr):
     out = ()
     for _ in tl.static_range(COUNT):
         out = out + (tl.zeros([TOKENS, LANES], tl.int32),)
+    return out
+
+
+@triton.jit
+def turned(xs, bits):
+    """`xs ^ bits`."""
+    out = ()
+    for k in tl.static_range(len(xs)):
+        out = out + (xs[k] ^ bits,)
     return out
 
 
@@ -220,13 +239,14 @@ def _sums(
     inside = None if PADDED == D else channel < D
     sums = tl.zeros([STEP, PADDED // WIDTH, WIDTH], tl.float32)
     count = tl.zeros([STEP, PADDED // WIDTH, WIDTH], tl.int32)
-    for step in tl.range(TOKENS // STEP, loop_unroll_factor=1 if CHECKED else 8):
+    for step in tl.range(TOKENS // STEP, loop_unroll_factor=1 if CHECKED else 16):
         mask = inside
         if valid is not None:
             mask = tl.load(valid + (step * STEP + row) * valid_token)
             mask = mask if inside is None else inside & mask
         at = source + (step * STEP + row) * X_TOKEN + channel
-        x = tl.load(at, mask=mask, other=None if mask is None else 0).to(tl.float32)
+        x = tl.load(at, mask=mask, other=None if mask is None else 0)
+        x = unpair(pair(x)) if x.dtype == tl.bfloat16 else x.to(tl.float32)
         if CHECKED:
             finite = x * 0.0 == 0.0
             x = tl.where(finite, x, 0.0)
@@ -250,21 +270,26 @@ def means(
     VECTOR: tl.constexpr,
     PADDED: tl.constexpr,
     TOKENS: tl.constexpr,
+    CHECKED: tl.constexpr,
 ):
-    """`grids.mean`, [channels]; looks at every element only where one is not finite."""
-    MASKED: tl.constexpr = valid is not None
+    """`grids.mean`, [channels]; of finite elements only if CHECKED."""
     sums, count = _sums(
-        source, valid, X_TOKEN, valid_token, D, LANES, VECTOR, PADDED, TOKENS, MASKED
+        source, valid, X_TOKEN, valid_token, D, LANES, VECTOR, PADDED, TOKENS, CHECKED
     )
-    if MASKED:
+    if CHECKED:
         sums *= tl.math.div_rn(TOKENS * 1.0, tl.maximum(count, 1).to(tl.float32))
-    else:
-        if tl.max(tl.max(tl.where(sums * 0.0 == 0.0, 0, 1), 1), 0) > 0:
-            sums, count = _sums(
-                source, valid, X_TOKEN, valid_token, D, LANES, VECTOR, PADDED, TOKENS, True
-            )
-            sums *= tl.math.div_rn(TOKENS * 1.0, tl.maximum(count, 1).to(tl.float32))
     return tl.reshape(sums, [PADDED])
+
+
+@triton.jit
+def prefetch(source, X_TOKEN: tl.constexpr, D: tl.constexpr, TOKENS: tl.constexpr):
+    """Have tokens read into the L2 cache of a GPU of NVIDIA's."""
+    LINE: tl.constexpr = 1024 // source.dtype.element_ty.primitive_bitwidth
+    LINES: tl.constexpr = triton.next_power_of_2(triton.cdiv(D, LINE))
+    i = tl.arange(0, TOKENS * LINES)
+    at = source + i // LINES * X_TOKEN + tl.minimum(i % LINES * LINE, D - 1)
+    asm: tl.constexpr = "prefetch.global.L2 [$1]; mov.b32 $0, 0;"
+    tl.inline_asm_elementwise(asm, "=r,l", [at.to(tl.int64)], tl.int32, False, 1)
 
 
 @triton.jit

@@ -11,18 +11,26 @@ import triton.language as tl
 
 from kivi.grids import FEW as FEW_PARTS
 from kivi.grids import FIXED as MANY_PARTS
+from kivi.grids import REFITS
 from kivi.kernels.triton_grids import ROUND, encode, multiply, round_to, store_scale
 from kivi.kernels.triton_tile_pack import (
     bytes_over,
     dot_bytes,
     join_bytes,
     join_signs,
-    ones_of_bytes,
+    quotient,
+    root,
 )
 from kivi.kernels.triton_token import largest, plus_scaled, range_of, total
 
 FEW = tl.constexpr(FEW_PARTS)
 FIXED = tl.constexpr(MANY_PARTS)
+
+
+@triton.constexpr_function
+def refits(bits):
+    """How often the step of few levels is fitted again."""
+    return REFITS[bits]
 
 
 @triton.jit
@@ -58,8 +66,12 @@ def _few_levels(
     LEAST: tl.constexpr,
     FAST: tl.constexpr,
 ):
-    """`grids.unbiased` of up to 3 bits: whole numbers, four to a register."""
+    """`grids.unbiased` of up to 3 bits: whole numbers, four to a register.
+
+    The highest bit of the codes is turned.
+    """
     INNER: tl.constexpr = 2 ** (BITS - 1)
+    REFITS: tl.constexpr = refits(BITS)
     QUADS: tl.constexpr = len(xs) // 4
     EACH: tl.constexpr = 16843009  # 1 in every byte
     if CHECKED:
@@ -81,17 +93,20 @@ def _few_levels(
     squares = total(square)
     over = ()
     for _ in tl.static_range(QUADS):
-        over = over + (tl.zeros(xs[0].shape, tl.int32),)
+        over = over + (tl.zeros(xs[0].shape, tl.uint32),)
     product = total(sizes)
     if INNER > 1:
         if CHECKED:
-            step = tl.math.div_rn(squares, tl.maximum(count, 1.0))
+            step = quotient(squares, tl.maximum(count, 1.0), FAST)
         elif G & (G - 1) == 0:
             step = squares * (1.0 / G)
         else:
-            step = tl.math.div_rn(squares, G * 1.0)
-        step = tl.math.sqrt_rn(step) * START
-        for refit in tl.static_range(2):
+            step = quotient(squares, tl.full(squares.shape, G, tl.float32), FAST)
+        step = root(step, FAST) * START
+        for refit in tl.static_range(REFITS + 1):
+            if refit > 0:
+                norm = total(norm) * (1.0 / 16) + count
+                step = quotient(2 * product, tl.maximum(norm, 1.0), FAST)
             above = tl.zeros(xs[0].shape, tl.int32)  # 128 times the sizes over a step, for each
             norm = tl.zeros(xs[0].shape, tl.int32)
             for i in tl.static_range(1, INNER):
@@ -100,20 +115,17 @@ def _few_levels(
                 for j in tl.static_range(QUADS):
                     bits = bytes_over(size[j], least)
                     above = dot_bytes(size[j], bits, above, FAST)
-                    if refit == 0:
+                    if refit < REFITS:
                         norm = dot_bytes(bits, one * i, norm, FAST)
-                    part_over = part_over + (ones_of_bytes(bits),)
-                if refit == 1:
+                    part_over = part_over + (bits.to(tl.uint32, bitcast=True) >> 7,)
+                if refit == REFITS:
                     over = plus_scaled(over, part_over, 1)
             # A level is 1 and 2 for every step below; its square 1 and 8 i for the i-th.
             product = total(sizes * 128 + above * 2) * (1.0 / 128)
-            if refit == 0:
-                norm = total(norm) * (1.0 / 16) + count
-                step = tl.math.div_rn(2 * product, tl.maximum(norm, 1.0))
-    ratio = tl.math.div_rn(squares, tl.maximum(product, 1.0))
+    ratio = quotient(squares, tl.maximum(product, 1.0), FAST)
     codes = ()
     for j in tl.static_range(QUADS):
-        code = over[j] + INNER * EACH
+        code = over[j].to(tl.int32, bitcast=True)
         if CHECKED:  # outermost, NaN the lowest
             for k in tl.static_range(4):
                 outer = tl.where(xs[4 * j + k] * 0.0 == 0.0, 0, (INNER - 1) * 256**k)
@@ -169,13 +181,20 @@ def _many_levels(
     return codes, store_scale(ratio * (2.0 * part), peak, LIMIT, EPS, LEAST)
 
 
+@triton.constexpr_function
+def turned_bit(format):
+    """The bit that `quantize_group` leaves turned in codes, 0 if none: it is turned for many at once."""
+    bits, grid = format[:2]
+    return 2 ** (bits - 1) if grid == "unbiased" and bits <= 3 else 0
+
+
 @triton.jit
 def quantize_group(
     xs,
     CHECKED: tl.constexpr,
     FORMAT: tl.constexpr,  # see below
 ):
-    """Bytes of codes, and the scale and zero that are stored, [tokens, 1].
+    """Bytes of codes, XOR `turned_bit(FORMAT)`, and the scale and zero that are stored, [tokens, 1].
 
     Where not CHECKED, a scale that is not finite tells that an element is not. FORMAT: bits; grid;
     group size; the clip; the first step, over the largest element or the standard deviation; the
