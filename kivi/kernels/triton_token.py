@@ -97,10 +97,11 @@ def without_small(xs):
 def hadamard_of_one(x, BLOCK: tl.constexpr):
     """`transforms.hadamard` of one token [channels]."""
     COUNT: tl.constexpr = x.shape[0]
-    IN_WARP: tl.constexpr = min(BLOCK, WARP)
+    ROW: tl.constexpr = min(COUNT, WARP)
+    IN_WARP: tl.constexpr = min(BLOCK, ROW)
     # A warp has a row: its lanes need no memory to get at each other's channels.
-    x = tl.reshape(x, [COUNT // WARP, WARP])
-    lane = tl.arange(0, WARP)[None, :]
+    x = tl.reshape(x, [COUNT // ROW, ROW])
+    lane = tl.arange(0, ROW)[None, :]
     for k in tl.static_range(log2(IN_WARP)):
         sign = tl.where((lane & 2**k) == 0, 1.0, -1.0)
         x = tl.fma(x, sign, tl.gather(x, tl.broadcast_to(lane ^ 2**k, x.shape), 1))
