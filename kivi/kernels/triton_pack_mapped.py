@@ -25,6 +25,7 @@ from kivi.spec import PAGE_TOKENS, TILE_ROWS
 
 PAGE = tl.constexpr(PAGE_TOKENS)
 ROWS = tl.constexpr(TILE_ROWS)
+AT_ONCE = tl.constexpr(128)  # tokens
 
 
 @triton.jit
@@ -134,6 +135,9 @@ def _planes(
     row, lane = tl.arange(0, ROWS)[:, None], tl.arange(0, LANES)[None, :]
     bad = tl.zeros([ROWS, 1], tl.int32)
     turned = 0
+    # Not of each plane: a product with a power of two would become a shift and a sum.
+    weight = plane_weight(plane % (8 // WIDTH), WIDTH)
+    third_weight = plane_weight(plane % 8, 1)
     for _ in tl.range(PLANES):
         if TENSOR:
             own = token.load_pairs(x + row * X_TOKEN, LANES, VECTOR, D // (LANES * VECTOR))
@@ -169,16 +173,15 @@ def _planes(
                 z = tl.broadcast_to(z, at.shape).to(zero.dtype.element_ty)
                 tl.store(zero + at, z, mask=lane == 0)
         meta += ROWS * (D // G)
-        weight = plane_weight(plane % (8 // WIDTH), WIDTH)
         if BITS == 3:
             codes, third = _split_thirds(codes)
-            third_weight = plane_weight(plane % 8, 1)
             thirds = token.plus_scaled(thirds, third, third_weight)
             turned += TURNED * third_weight
+            third_weight *= 2
         else:
             turned += TURNED * weight
         packed = token.plus_scaled(packed, codes, weight)
-        plane += 1
+        weight *= 2**WIDTH
     if TURNED != 0:
         if BITS == 3:
             thirds = token.turned(thirds, turned)
@@ -229,6 +232,7 @@ def _span(
     X_TOKEN: tl.constexpr,
     FORMAT: tl.constexpr,
     MAP: tl.constexpr,
+    U: tl.constexpr,
     D: tl.constexpr,
     PADDED: tl.constexpr,
     CENTERED: tl.constexpr,
@@ -245,7 +249,7 @@ def _span(
     BYTE: tl.constexpr = min(PUT, 8 // WIDTH)  # planes in a byte of a word
     SHARED: tl.constexpr = min(CENTERED, BYTE)
     PIECES: tl.constexpr = D // (LANES * VECTOR)
-    PARTS: tl.constexpr = max(CENTERED, PUT) // BYTE
+    PARTS: tl.constexpr = U // (BYTE * ROWS)
     x, valid, smooth = sources
     words, center, scale, zero, meta, plane = targets
     row = tl.arange(0, ROWS)[:, None]
@@ -254,7 +258,7 @@ def _span(
     before, thirds = none, none
     bad = tl.zeros([ROWS, 1], tl.int32)
     for part in tl.range(PARTS):
-        if FORMAT[9] and PARTS > 1:  # FAST
+        if FORMAT[9] and PARTS > 1:
             if part + 1 < PARTS:
                 token.prefetch(x + BYTE * ROWS * X_TOKEN, X_TOKEN, D, BYTE * ROWS)
         packed = none
@@ -325,20 +329,18 @@ def quantize_mapped(
 ):
     """Map and quantize tokens and put their codes, scales, zeros and centers into their page."""
     GROUPS: tl.constexpr = D // FORMAT[2]
-    SPAN: tl.constexpr = ROWS * max(CENTERED, PUT)  # tokens of a program
     QUICK: tl.constexpr = FORMAT[1] == "unbiased" and FORMAT[0] <= 3 and valid is None
 
-    number = tl.program_id(0)
-    span = number % (U // SPAN)
-    head = number // (U // SPAN) % heads
-    run = (number // (U // SPAN) // heads).to(tl.int64)
-    which = tl.load(page + run)
+    head = tl.program_id(0) % heads
+    run = (tl.program_id(0) // heads).to(tl.int64)
+    x += run // n * x_row + run % n * x_run + head.to(tl.int64) * x_head
+    which, start = tl.load(page + run), tl.load(first + run)
+    # Not of short runs: those may go to the bin at every step.
+    if FORMAT[9] and U > AT_ONCE:
+        token.prefetch(x, X_TOKEN, D, AT_ONCE)
     if which == 0:  # the bin
         return
-    start = tl.load(first + run) + span * SPAN  # in its page
     place = which * heads + head
-    x += run // n * x_row + run % n * x_run
-    x += head.to(tl.int64) * x_head + span.to(tl.int64) * (SPAN * X_TOKEN)
     row = tl.arange(0, ROWS)[:, None]
     # Times 1, unknown to the compiler: it would choose a layout for neighbouring tokens.
     meta = (place * PAGE + start + row * (1 + nothing)) * GROUPS
@@ -346,20 +348,19 @@ def quantize_mapped(
         smooth += run // n * smooth_row + head.to(tl.int64) * smooth_head
     if valid is not None:
         valid += run * valid_run + head.to(tl.int64) * valid_head
-        valid += span * SPAN * valid_token
     words += place * (FORMAT[0] * ROWS * D)
     if center is not None:
         center += place * (PAGE // (CENTERED * ROWS) * D)
     sources = (x, valid, smooth)
     targets = (words, center, scale, zero, meta, (start // ROWS).to(tl.int32))
     bad = _span(
-        *(sources, targets, valid_token, nothing, X_TOKEN, FORMAT, MAP, D, PADDED, CENTERED),
+        *(sources, targets, valid_token, nothing, X_TOKEN, FORMAT, MAP, U, D, PADDED, CENTERED),
         *(PUT, LANES, VECTOR, SMALL, TENSOR and QUICK, not QUICK),
     )
     # Elements are looked at for what is not finite only where one is not.
     if QUICK:  # noqa: SIM102
         if tl.max(tl.max(bad, 1), 0) > 0:
             _span(
-                *(sources, targets, valid_token, nothing, X_TOKEN, FORMAT, MAP, D, PADDED),
+                *(sources, targets, valid_token, nothing, X_TOKEN, FORMAT, MAP, U, D, PADDED),
                 *(CENTERED, PUT, LANES, VECTOR, SMALL, False, True),
             )

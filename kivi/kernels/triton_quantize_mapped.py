@@ -86,12 +86,11 @@ def _op(
     tokens = None if center is None else PAGE_TOKENS // center.shape[2]
     spec = QuantSpec(bits, "token", group_size, grid, clip, transform, tokens)  # type: ignore[arg-type]
     constants = _constants(spec, unit, d, x.dtype, FAST, FAST and _has_tensor_cores(x.device))
-    span = TILE_ROWS * max(constants["CENTERED"], constants["PUT"])
     of_smooth = (0, 0) if smooth is None else smooth.stride()[:2]
     of_valid = (0, 0, 0) if valid is None else valid.stride()
     tensors = (words, scale, zero, center, x, smooth, page, first, valid)
     with torch.cuda.device_of(x):
-        quantize_mapped[(page.numel() * heads * (unit // span),)](
+        quantize_mapped[(page.numel() * heads,)](
             *tensors, heads, n, *strides[:3], *of_smooth, *of_valid, 0, strides[3], **constants
         )
 

@@ -63,11 +63,26 @@ def _larger(a, b):
 
 
 @triton.jit
+def _piece(xs, NUMBER: tl.constexpr):
+    return xs[4 * NUMBER], xs[4 * NUMBER + 1], xs[4 * NUMBER + 2], xs[4 * NUMBER + 3]
+
+
+@triton.jit
+def _larger_quarters(xs):
+    """Four of them: one chain would be waited for."""
+    out = _piece(xs, 0)
+    for k in tl.static_range(1, len(xs) // 4):
+        more = _piece(xs, k)
+        a, b = _larger(out[0], more[0]), _larger(out[1], more[1])
+        out = (a, b, _larger(out[2], more[2]), _larger(out[3], more[3]))
+    return out
+
+
+@triton.jit
 def without_small(xs):
     """`transforms.without_small` of tokens, and where they are huge, [tokens, 1]."""
-    peak = xs[0]
-    for k in tl.static_range(1, len(xs)):
-        peak = _larger(peak, xs[k])
+    peaks = _larger_quarters(xs)
+    peak = _larger(_larger(peaks[0], peaks[1]), _larger(peaks[2], peaks[3]))
     peak = _larger(peak, peak * 65536 | ((peak >> 16) & 65535))
     peak = tl.reduce(peak, 1, _larger, keep_dims=True) & 0x7FFF7FFF
     least = tl.maximum(peak, (LEAST + SMALL) * 65537) - SMALL * 65537
@@ -106,11 +121,6 @@ def signs(TOKENS: tl.constexpr):
     even = ((n // 2) & lane & 1) ^ ((n // 4) & (lane // 2))
     odd = even ^ (n & 1)
     return even * 32768 + odd * -2147483648
-
-
-@triton.jit
-def _piece(xs, NUMBER: tl.constexpr):
-    return xs[4 * NUMBER], xs[4 * NUMBER + 1], xs[4 * NUMBER + 2], xs[4 * NUMBER + 3]
 
 
 @triton.jit

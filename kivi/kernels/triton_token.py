@@ -191,8 +191,20 @@ def _largest(a, b):
 
 
 @triton.jit
+def _larger_halves(xs):
+    out = ()
+    for k in tl.static_range((len(xs) + 1) // 2):
+        other = tl.abs(xs[min(k + (len(xs) + 1) // 2, len(xs) - 1)])
+        out = out + (_largest(tl.abs(xs[k]), other),)
+    return out
+
+
+@triton.jit
 def largest(xs):
     """Of the magnitudes of tokens, [tokens, 1]; NaN where one is."""
+    # By halves: a chain of them all would be waited for.
+    for k in tl.static_range(log2(len(xs))):
+        xs = _larger_halves(xs)
     peak = tl.abs(xs[0])
     for k in tl.static_range(1, len(xs)):
         peak = _largest(peak, tl.abs(xs[k]))
