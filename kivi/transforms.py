@@ -17,7 +17,7 @@ SMOOTHED = 32
 """Tokens, the first packed ones, that the channels' factors are found from."""
 
 
-SMALL_PART = -11
+SMALL_PART = -10
 LEAST_PART = -100
 
 
@@ -33,7 +33,7 @@ def drops_small(spec: QuantSpec, dtype: torch.dtype) -> bool:
 def without_small(x: Tensor) -> Tensor:
     """bfloat16 tokens `[..., D]`, float32, with 0 for what is small.
 
-    That is, less than 2^-11 of the token's largest finite element, or than 2^-100. Sums of 32
+    That is, less than 2^-10 of the token's largest finite element, or than 2^-100. Sums of 64
     elements of 8 bits are then exact in float32 in any order, so that tensor cores may take them.
     """
     size = x.abs()

@@ -191,11 +191,11 @@ def test_sums_are_exact_without_what_is_small():
     x[1, :, 3], x[2, 5, 7], x[3, 9, 60] = 2.0**100, torch.inf, -torch.inf
     kept = without_small(x)
     finite = torch.where(x.isfinite(), x.abs(), 0.0).amax(-1, keepdim=True)
-    assert torch.equal(kept == 0, (x.abs() < finite / 2048) | (x.abs() < 2.0**-100))
+    assert torch.equal(kept == 0, (x.abs() < finite / 1024) | (x.abs() < 2.0**-100))
     assert torch.equal(kept[kept != 0], x[kept != 0])
     kept, x = (y.nan_to_num(1.0, 1.0, 1.0) for y in (kept, x))
-    assert torch.equal(hadamard(kept, 32).double(), hadamard(kept.double(), 32))
-    assert not torch.equal(hadamard(x, 32).double(), hadamard(x.double(), 32))
+    assert torch.equal(hadamard(kept, 64).double(), hadamard(kept.double(), 64))
+    assert not torch.equal(hadamard(x, 64).double(), hadamard(x.double(), 64))
     spec = QuantSpec(2, "token", None, "unbiased", transform="hadamard")
     assert drops_small(spec, torch.bfloat16) and not drops_small(spec, torch.float16)
     for other in (replace(spec, bits=4), replace(spec, transform=None)):

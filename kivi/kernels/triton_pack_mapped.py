@@ -20,7 +20,12 @@ from kivi.kernels.triton_tile_pack import (
     plane_weight,
     split_thirds,
 )
-from kivi.kernels.triton_token_grids import quantize_group, turned_bit
+from kivi.kernels.triton_token_grids import (
+    few_levels,
+    quantize_group,
+    scale_of_few_levels,
+    turned_bit,
+)
 from kivi.spec import PAGE_TOKENS, TILE_ROWS
 
 PAGE = tl.constexpr(PAGE_TOKENS)
@@ -48,8 +53,10 @@ def _store(
     WIDTH: tl.constexpr,
     PUT: tl.constexpr,
     LANES: tl.constexpr,
+    FAST: tl.constexpr,
 ):
     """Put planes into the words of a tile; the others stay."""
+    none = tl.zeros([ROWS, LANES], tl.int32)
     in_tile = plane % (16 // WIDTH)
     words += plane // (16 // WIDTH) * (ROWS * D)
     i = tl.arange(0, LANES * 4)[None, :]
@@ -60,10 +67,10 @@ def _store(
         for k in tl.static_range(4):
             late = last[piece * 2 + k // 2]
             if PUT * WIDTH == 16:
-                pairs = pairs + (pair_of_bytes(before[piece * 2 + k // 2], late, k % 2 * 2),)
+                pairs = pairs + (pair_of_bytes(before[piece * 2 + k // 2], late, k % 2 * 2, FAST),)
             else:  # one half
                 half = plane_weight(in_tile // (8 // WIDTH), 8)
-                pairs = pairs + (pair_of_bytes(late, 0, k % 2 * 2) * half,)
+                pairs = pairs + (pair_of_bytes(late, none, k % 2 * 2, FAST) * half,)
         # What a thread has stays in it.
         four = tl.join(tl.join(pairs[0], pairs[2]), tl.join(pairs[1], pairs[3]))
         four = tl.reshape(four, [ROWS, LANES * 4])
@@ -130,15 +137,19 @@ def _planes(
     EACH: tl.constexpr = G // LANES  # channels of a thread in a group
     # Of every plane, in every byte.
     TURNED: tl.constexpr = turned_bit(FORMAT) * 16843009 // (4 if BITS == 3 else 1)
+    # A scale is the same work in all lanes of a token: each does it for one of the planes, at last.
+    LATE: tl.constexpr = TURNED != 0 and D == G and PLANES <= LANES
     x, valid, factors, centers = sources
     packed, thirds, scale, zero, meta, plane = targets
     row, lane = tl.arange(0, ROWS)[:, None], tl.arange(0, LANES)[None, :]
-    bad = tl.zeros([ROWS, 1], tl.int32)
+    bad = tl.zeros([ROWS, LANES], tl.int32)
+    squares = tl.zeros([ROWS, LANES], tl.float32)
+    products, peaks = squares, squares
     turned = 0
     # Not of each plane: a product with a power of two would become a shift and a sum.
     weight = plane_weight(plane % (8 // WIDTH), WIDTH)
     third_weight = plane_weight(plane % 8, 1)
-    for _ in tl.range(PLANES):
+    for number in tl.range(PLANES):
         if TENSOR:
             own = token.load_pairs(x + row * X_TOKEN, LANES, VECTOR, D // (LANES * VECTOR))
             if len(factors) > 0:
@@ -160,19 +171,25 @@ def _planes(
             own = token.only(own, tl.load(valid + row * valid_token))
             valid += ROWS * valid_token
         codes = ()
-        for group in tl.static_range(D // G):
-            own_group = token.some(own, group * EACH, EACH)
-            bytes, s, z = quantize_group(own_group, CHECKED, FORMAT)
-            codes = codes + bytes
-            bad |= tl.where(s * 0.0 == 0.0, 0, 1)
-            # Only of lane 0; the others are there for the layout, which no store must change.
-            at = meta + group + lane
-            s = tl.broadcast_to(s, at.shape).to(scale.dtype.element_ty)
-            tl.store(scale + at, s, mask=lane == 0)
-            if zero is not None:
-                z = tl.broadcast_to(z, at.shape).to(zero.dtype.element_ty)
-                tl.store(zero + at, z, mask=lane == 0)
-        meta += ROWS * (D // G)
+        if LATE:
+            codes, s, p, peak = few_levels(own, CHECKED, FORMAT)
+            squares = tl.where(lane == number, s, squares)
+            products = tl.where(lane == number, p, products)
+            peaks = tl.where(lane == number, peak, peaks)
+        else:
+            for group in tl.static_range(D // G):
+                own_group = token.some(own, group * EACH, EACH)
+                bytes, s, z = quantize_group(own_group, CHECKED, FORMAT)
+                codes = codes + bytes
+                bad |= tl.where(s * 0.0 == 0.0, 0, 1)
+                # Only of lane 0; the others are there for the layout, which no store must change.
+                at = meta + group + lane
+                s = tl.broadcast_to(s, at.shape).to(scale.dtype.element_ty)
+                tl.store(scale + at, s, mask=lane == 0)
+                if zero is not None:
+                    z = tl.broadcast_to(z, at.shape).to(zero.dtype.element_ty)
+                    tl.store(zero + at, z, mask=lane == 0)
+            meta += ROWS * (D // G)
         if BITS == 3:
             codes, third = _split_thirds(codes)
             thirds = token.plus_scaled(thirds, third, third_weight)
@@ -182,6 +199,14 @@ def _planes(
             turned += TURNED * weight
         packed = token.plus_scaled(packed, codes, weight)
         weight *= 2**WIDTH
+    if LATE:
+        s = scale_of_few_levels(squares, products, peaks, CHECKED, FORMAT)
+        bad |= tl.where(s * 0.0 == 0.0, 0, 1)
+        s = s.to(scale.dtype.element_ty)
+        if FORMAT[9] and PLANES == LANES:
+            token.store(scale + meta + lane * ROWS, s)
+        else:
+            tl.store(scale + meta + lane * ROWS, s, mask=lane < PLANES)
     if TURNED != 0:
         if BITS == 3:
             thirds = token.turned(thirds, turned)
@@ -256,7 +281,7 @@ def _span(
     factors = _factors(smooth, row * nothing, D, LANES, VECTOR, TENSOR)
     none = token.zeros(ROWS, LANES, D // (4 * LANES))
     before, thirds = none, none
-    bad = tl.zeros([ROWS, 1], tl.int32)
+    bad = tl.zeros([ROWS, LANES], tl.int32)
     for part in tl.range(PARTS):
         if FORMAT[9] and PARTS > 1:
             if part + 1 < PARTS:
@@ -285,7 +310,7 @@ def _span(
                 valid += SHARED * ROWS * valid_token
             plane += SHARED
         if (part + 1) % (PUT // BYTE) == 0:
-            _store(words, before, packed, plane - PUT, D, WIDTH, PUT, LANES)
+            _store(words, before, packed, plane - PUT, D, WIDTH, PUT, LANES, FORMAT[9])
             if BITS == 3:
                 _store_thirds(words + 2 * ROWS * D, thirds, plane - PUT, D, PUT, LANES, VECTOR)
         before = packed

@@ -124,34 +124,76 @@ def signs(TOKENS: tl.constexpr):
 
 
 @triton.jit
-def hadamard_of_pairs(xs, signs, nothing, EXPONENT: tl.constexpr):
-    """Five steps of `transforms.hadamard`, of channels 1 to 16 apart, times 2^EXPONENT.
+def _signs_of(signs, nothing, EXPONENT: tl.constexpr):
+    """Second operands, pairs of registers: signs of sums and of differences, and all turned."""
+    plus = signs | ((127 + EXPONENT) * 128 * 65537)
+    minus = plus ^ -2147450880  # the sign of each
+    # They are pairs of neighbouring registers: no pair must be made of another one's.
+    sums, differences = (plus, plus | nothing), (plus | (nothing * 2), minus)
+    turned_sums = (minus | nothing, minus | (nothing * 2))
+    turned_differences = (minus | (nothing * 3), plus | (nothing * 3))
+    return sums, differences, turned_sums, turned_differences
+
+
+@triton.jit
+def _five_steps(a, b, plus, minus, none):
+    """Of channels of a piece that are 1 to 16 apart."""
+    first = _multiply(a, plus[0], plus[1], none)
+    return _multiply(b, plus[0], plus[1], first), _multiply(b, minus[0], minus[1], first)
+
+
+@triton.jit
+def _six_steps(a, b, c, d, plus, minus, none):
+    """Of channels of two pieces, 32 apart too."""
+    even, odd = _five_steps(a, b, plus, minus, none)
+    even_sum, even_rest = _multiply(c, *plus, even), _multiply(c, *minus, even)
+    odd_sum, odd_rest = _multiply(c, *plus, odd), _multiply(c, *minus, odd)
+    return (
+        (_multiply(d, *plus, even_sum), _multiply(d, *minus, odd_sum)),
+        (_multiply(d, *minus, even_rest), _multiply(d, *plus, odd_rest)),
+    )
+
+
+@triton.jit
+def _rows(xs, ONE: tl.constexpr, OTHER: tl.constexpr):
+    """First operands, rows of two pieces: their channels that differ in 2, then those 4 apart."""
+    one, other = _piece(xs, ONE), _piece(xs, OTHER)
+    return (one[0], other[0], one[1], other[1]), (one[2], other[2], one[3], other[3])
+
+
+@triton.jit
+def _of_rows(a, b, c, d, ROW: tl.constexpr):
+    """Channels of a piece: of its sums and differences over 2, then over 4."""
+    i: tl.constexpr = 2 * ROW
+    return a[i], a[i + 1], b[i], b[i + 1], c[i], c[i + 1], d[i], d[i + 1]
+
+
+@triton.jit
+def hadamard_of_pairs(xs, signs, nothing, SIX: tl.constexpr, EXPONENT: tl.constexpr):
+    """Five or SIX steps of `transforms.hadamard`, of channels 1 to 16 or 32 apart, times 2^EXPONENT.
 
     Exact where small elements are left out, so that their order does not matter. Float32.
     `nothing`: 0, unknown to the compiler.
     """
-    one: tl.constexpr = (127 + EXPONENT) * 128 * 65537
     PIECES: tl.constexpr = len(xs) // 4
-    plus = signs | one
-    minus = plus ^ -2147450880  # the sign of each
-    # Operands are pairs of neighbouring registers: no pair must be made of another one's.
-    plus_0, plus_1, plus_2 = plus | nothing, plus | (nothing * 2), plus | (nothing * 3)
-    minus_0, minus_1, minus_2 = minus | nothing, minus | (nothing * 2), minus | (nothing * 3)
-    zero = tl.zeros(plus.shape, tl.float32)
+    sums, differences, turned_sums, turned_differences = _signs_of(signs, nothing, EXPONENT)
+    zero = tl.zeros(signs.shape, tl.float32)
     none = (zero, zero, zero, zero)
     out = ()
-    for half in tl.static_range((PIECES + 1) // 2):
-        # Rows: a warp's tokens, of one piece and of the next. Columns: the channels, 2 apart.
-        one_piece, next_piece = _piece(xs, 2 * half), _piece(xs, min(2 * half + 1, PIECES - 1))
-        low = (one_piece[0], next_piece[0], one_piece[1], next_piece[1])
-        high = (one_piece[2], next_piece[2], one_piece[3], next_piece[3])
-        sums = _multiply(low, plus, plus_0, none)
-        differences = _multiply(low, plus_1, minus, none)
-        a = _multiply(high, plus, plus_0, sums)
-        b = _multiply(high, plus_1, minus, differences)
-        c = _multiply(high, minus_0, minus_1, sums)
-        d = _multiply(high, minus_2, plus_2, differences)
-        out = out + (a[0], a[1], b[0], b[1], c[0], c[1], d[0], d[1])
-        if 2 * half + 1 < PIECES:
-            out = out + (a[2], a[3], b[2], b[3], c[2], c[3], d[2], d[3])
+    if SIX:
+        for four in tl.static_range(PIECES // 4):
+            a, b = _rows(xs, 4 * four, 4 * four + 2)
+            c, d = _rows(xs, 4 * four + 1, 4 * four + 3)
+            even, odd = _six_steps(a, b, c, d, sums, turned_sums, none)
+            even_2, odd_2 = _six_steps(a, b, c, d, differences, turned_differences, none)
+            for row in tl.static_range(2):
+                out = out + _of_rows(even[0], even_2[0], even[1], even_2[1], row)
+                out = out + _of_rows(odd[0], odd_2[0], odd[1], odd_2[1], row)
+    else:
+        for half in tl.static_range((PIECES + 1) // 2):
+            a, b = _rows(xs, 2 * half, min(2 * half + 1, PIECES - 1))
+            low, high = _five_steps(a, b, sums, turned_sums, none)
+            low_2, high_2 = _five_steps(a, b, differences, turned_differences, none)
+            for row in tl.static_range(min(2, PIECES - 2 * half)):
+                out = out + _of_rows(low, low_2, high, high_2, row)
     return out

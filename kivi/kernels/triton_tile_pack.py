@@ -120,10 +120,15 @@ def byte_of(x, k: tl.constexpr):
 
 
 @triton.jit
-def pair_of_bytes(low, high, k: tl.constexpr):
+def pair_of_bytes(low, high, k: tl.constexpr, FAST: tl.constexpr):
     """The k-th and the next word of four, whose low and high halves are such bytes."""
-    first = byte_of(low, k) | (byte_of(high, k) << 8)
-    return first | (byte_of(low, k + 1) << 16) | (byte_of(high, k + 1) << 24)
+    if FAST:
+        asm: tl.constexpr = "prmt.b32 $0, $1, $2, 0x7362;" if k else "prmt.b32 $0, $1, $2, 0x5140;"
+        words = tl.inline_asm_elementwise(asm, "=r,r,r", [low, high], tl.int32, True, 1)
+    else:
+        words = byte_of(low, k) | (byte_of(high, k) << 8)
+        words |= (byte_of(low, k + 1) << 16) | (byte_of(high, k + 1) << 24)
+    return words
 
 
 @triton.jit

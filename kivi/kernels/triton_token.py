@@ -74,8 +74,10 @@ def hadamard_by_tensor_cores(
     pairs, signs, nothing, BLOCK: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr
 ):
     """`hadamard` of pairs, see triton_tile_mma.py; the same numbers."""
-    xs = hadamard_of_pairs(pairs, signs, nothing, -(log2(BLOCK) // 2))
-    for k in tl.static_range(log2(BLOCK // (VECTOR * LANES))):
+    STEPS: tl.constexpr = log2(BLOCK // (VECTOR * LANES))  # between pieces
+    SIX: tl.constexpr = STEPS > 0 and len(pairs) % 16 == 0
+    xs = hadamard_of_pairs(pairs, signs, nothing, SIX, -(log2(BLOCK) // 2))
+    for k in tl.static_range(1 if SIX else 0, STEPS):
         xs = _butterfly(xs, VECTOR * 2**k)
     return xs
 
@@ -303,6 +305,15 @@ def prefetch(source, X_TOKEN: tl.constexpr, D: tl.constexpr, TOKENS: tl.constexp
     at = source + i // LINES * X_TOKEN + tl.minimum(i % LINES * LINE, D - 1)
     asm: tl.constexpr = "prefetch.global.L2 [$1]; mov.b32 $0, 0;"
     tl.inline_asm_elementwise(asm, "=r,l", [at.to(tl.int64)], tl.int32, False, 1)
+
+
+@triton.jit
+def store(pointers, x):
+    """Store elements of 16 bits, which stay in their layout, on a GPU of NVIDIA's."""
+    asm: tl.constexpr = """{ .reg .b16 x; cvt.u16.u32 x, $2; st.global.b16 [$1], x;
+        mov.b32 $0, 0; }"""
+    bits = x.to(tl.int16, bitcast=True).to(tl.int32)
+    tl.inline_asm_elementwise(asm, "=r,l,r", [pointers.to(tl.int64), bits], tl.int32, False, 1)
 
 
 @triton.jit

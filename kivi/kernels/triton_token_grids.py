@@ -55,21 +55,19 @@ def _finite(xs):
 
 
 @triton.jit
-def _few_levels(
+def few_levels(
     xs,
     CHECKED: tl.constexpr,
-    BITS: tl.constexpr,
-    START: tl.constexpr,
-    G: tl.constexpr,
-    LIMIT: tl.constexpr,
-    EPS: tl.constexpr,
-    LEAST: tl.constexpr,
-    FAST: tl.constexpr,
+    FORMAT: tl.constexpr,  # see quantize_group
 ):
     """`grids.unbiased` of up to 3 bits: whole numbers, four to a register.
 
-    The highest bit of the codes is turned.
+    Returns bytes as `quantize_group`, and what `scale_of_few_levels` makes the scale of, [tokens, 1].
     """
+    BITS: tl.constexpr = FORMAT[0]
+    G: tl.constexpr = FORMAT[2]
+    START: tl.constexpr = FORMAT[4]
+    FAST: tl.constexpr = FORMAT[9]
     INNER: tl.constexpr = 2 ** (BITS - 1)
     REFITS: tl.constexpr = refits(BITS)
     QUADS: tl.constexpr = len(xs) // 4
@@ -122,7 +120,6 @@ def _few_levels(
                     over = plus_scaled(over, part_over, 1)
             # A level is 1 and 2 for every step below; its square 1 and 8 i for the i-th.
             product = total(sizes * 128 + above * 2) * (1.0 / 128)
-    ratio = quotient(squares, tl.maximum(product, 1.0), FAST)
     codes = ()
     for j in tl.static_range(QUADS):
         code = over[j].to(tl.int32, bitcast=True)
@@ -130,11 +127,17 @@ def _few_levels(
             for k in tl.static_range(4):
                 outer = tl.where(xs[4 * j + k] * 0.0 == 0.0, 0, (INNER - 1) * 256**k)
                 code += outer
-        codes = codes + (code ^ (signs[j] & ((2**BITS - 1) * EACH)),)
-    scale = store_scale(ratio * (2.0 * part), peak, LIMIT, EPS, LEAST)
-    if not CHECKED:
-        scale = tl.where(peak * 0.0 == 0.0, scale, peak)
-    return codes, scale
+        codes = codes + ((code ^ signs[j]) & ((2**BITS - 1) * EACH),)
+    return codes, squares, product, peak
+
+
+@triton.jit
+def scale_of_few_levels(squares, product, peak, CHECKED: tl.constexpr, FORMAT: tl.constexpr):
+    """The scale that is stored; not finite where an element is not, if not CHECKED."""
+    part, _ = _parts(peak, FEW)
+    ratio = quotient(squares, tl.maximum(product, 1.0), FORMAT[9])
+    scale = store_scale(ratio * (2.0 * part), peak, FORMAT[6], FORMAT[7], FORMAT[8])
+    return scale if CHECKED else tl.where(peak * 0.0 == 0.0, scale, peak)
 
 
 @triton.jit
@@ -203,18 +206,17 @@ def quantize_group(
     """
     BITS: tl.constexpr = FORMAT[0]
     GRID: tl.constexpr = FORMAT[1]
-    G: tl.constexpr = FORMAT[2]
     CLIP: tl.constexpr = FORMAT[3]
     START: tl.constexpr = FORMAT[4]
     OFFSET: tl.constexpr = FORMAT[5]
     LIMIT: tl.constexpr = FORMAT[6]
     EPS: tl.constexpr = FORMAT[7]
     LEAST: tl.constexpr = FORMAT[8]
-    FAST: tl.constexpr = FORMAT[9]
     TOP: tl.constexpr = 2**BITS - 1
     zero = tl.zeros([xs[0].shape[0], 1], tl.float32)
     if GRID == "unbiased" and BITS <= 3:
-        bytes, scale = _few_levels(xs, CHECKED, BITS, START, G, LIMIT, EPS, LEAST, FAST)
+        bytes, squares, product, peak = few_levels(xs, CHECKED, FORMAT)
+        scale = scale_of_few_levels(squares, product, peak, CHECKED, FORMAT)
     else:
         if GRID == "unbiased":
             codes, scale = _many_levels(xs, BITS, START, LIMIT, EPS, LEAST)
