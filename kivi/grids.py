@@ -151,14 +151,14 @@ def unbiased(x: Tensor, valid: Tensor, bits: int, dtype: torch.dtype) -> tuple[T
         size, inner = parts.abs(), 2 ** (bits - 1)
         squares = total(size * size)
         step = (squares / finite.sum(-1, keepdim=True).clamp_min(1)).sqrt() * STEP[bits]
-        for refit in range(REFITS[bits] + 1):
-            if refit:
-                step = 2 * product / total(level * level).clamp_min(1.0)
+        for refit in reversed(range(REFITS[bits] + 1)):
             over = torch.zeros_like(size)
             for i in range(1, inner):
                 over = over + (size > (step * i).floor().clamp_max(FEW - 1))
             level = torch.where(finite, 2 * over + 1, 0)
             product = total(size * level)
+            if refit:
+                step = 2 * product / total(level * level).clamp_min(1.0)
         # What is not finite gets an outermost level, NaN the lowest.
         over = torch.where(finite, over, inner - 1)
         negative = torch.where(finite, x.signbit(), ~(valid & (x > 0)))

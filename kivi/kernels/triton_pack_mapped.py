@@ -12,88 +12,19 @@ import triton.language as tl
 from kivi.kernels import triton_token as token
 from kivi.kernels.triton_grids import round_to
 from kivi.kernels.triton_tile_mma import pairs_of_inverses, signs, times_pairs, without_small
-from kivi.kernels.triton_tile_pack import (
-    byte_of,
-    insert,
-    insert_pairs,
-    pair_of_bytes,
-    plane_weight,
-    split_thirds,
-)
+from kivi.kernels.triton_tile_pack import plane_weight
 from kivi.kernels.triton_token_grids import (
     few_levels,
     quantize_group,
     scale_of_few_levels,
     turned_bit,
 )
+from kivi.kernels.triton_token_words import put_planes, put_thirds, split_all_thirds
 from kivi.spec import PAGE_TOKENS, TILE_ROWS
 
 PAGE = tl.constexpr(PAGE_TOKENS)
 ROWS = tl.constexpr(TILE_ROWS)
 AT_ONCE = tl.constexpr(128)  # tokens
-
-
-@triton.jit
-def _split_thirds(codes):
-    """Codes of 3 bits as their low two bits and their third."""
-    low, third = (), ()
-    for j in tl.static_range(len(codes)):
-        a, b = split_thirds(codes[j])
-        low, third = low + (a,), third + (b,)
-    return low, third
-
-
-@triton.jit
-def _store(
-    words,  # of the page and head
-    before,  # bytes of the half of a word before the last
-    last,
-    plane,  # the first, in the page
-    D: tl.constexpr,
-    WIDTH: tl.constexpr,
-    PUT: tl.constexpr,
-    LANES: tl.constexpr,
-    FAST: tl.constexpr,
-):
-    """Put planes into the words of a tile; the others stay."""
-    none = tl.zeros([ROWS, LANES], tl.int32)
-    in_tile = plane % (16 // WIDTH)
-    words += plane // (16 // WIDTH) * (ROWS * D)
-    i = tl.arange(0, LANES * 4)[None, :]
-    at = words.to(tl.pointer_type(tl.int32), bitcast=True) + tl.arange(0, ROWS)[:, None] * (D // 2)
-    at += i // 4 * 4 + i % 4
-    for piece in tl.static_range(D // (LANES * 8)):
-        pairs = ()
-        for k in tl.static_range(4):
-            late = last[piece * 2 + k // 2]
-            if PUT * WIDTH == 16:
-                pairs = pairs + (pair_of_bytes(before[piece * 2 + k // 2], late, k % 2 * 2, FAST),)
-            else:  # one half
-                half = plane_weight(in_tile // (8 // WIDTH), 8)
-                pairs = pairs + (pair_of_bytes(late, none, k % 2 * 2, FAST) * half,)
-        # What a thread has stays in it.
-        four = tl.join(tl.join(pairs[0], pairs[2]), tl.join(pairs[1], pairs[3]))
-        four = tl.reshape(four, [ROWS, LANES * 4])
-        insert_pairs(at + piece * (LANES * 4), four, in_tile, WIDTH, PUT)
-
-
-@triton.jit
-def _store_thirds(
-    words,
-    thirds,
-    plane,
-    D: tl.constexpr,
-    PUT: tl.constexpr,
-    LANES: tl.constexpr,
-    VECTOR: tl.constexpr,
-):
-    """Put the third bits of codes of 3 bits into halves of words."""
-    halves = words.to(tl.pointer_type(tl.int8), bitcast=True) + plane // 8
-    row, lane = tl.arange(0, ROWS)[:, None], tl.arange(0, LANES)[None, :]
-    for k in tl.static_range(D // LANES):
-        channel = (k // VECTOR * LANES + lane) * VECTOR + k % VECTOR
-        byte = byte_of(thirds[k // 4], k % 4)
-        insert(halves + (row * D + channel) * 2, byte, None, plane % 8, 1, PUT)
 
 
 @triton.jit
@@ -191,7 +122,7 @@ def _planes(
                     tl.store(zero + at, z, mask=lane == 0)
             meta += ROWS * (D // G)
         if BITS == 3:
-            codes, third = _split_thirds(codes)
+            codes, third = split_all_thirds(codes)
             thirds = token.plus_scaled(thirds, third, third_weight)
             turned += TURNED * third_weight
             third_weight *= 2
@@ -283,7 +214,7 @@ def _span(
     before, thirds = none, none
     bad = tl.zeros([ROWS, LANES], tl.int32)
     for part in tl.range(PARTS):
-        if FORMAT[9] and PARTS > 1:
+        if FORMAT[9] and PARTS > 1:  # noqa: SIM102
             if part + 1 < PARTS:
                 token.prefetch(x + BYTE * ROWS * X_TOKEN, X_TOKEN, D, BYTE * ROWS)
         packed = none
@@ -310,9 +241,9 @@ def _span(
                 valid += SHARED * ROWS * valid_token
             plane += SHARED
         if (part + 1) % (PUT // BYTE) == 0:
-            _store(words, before, packed, plane - PUT, D, WIDTH, PUT, LANES, FORMAT[9])
+            put_planes(words, before, packed, plane - PUT, D, WIDTH, PUT, LANES, FORMAT[9])
             if BITS == 3:
-                _store_thirds(words + 2 * ROWS * D, thirds, plane - PUT, D, PUT, LANES, VECTOR)
+                put_thirds(words + 2 * ROWS * D, thirds, plane - PUT, D, PUT, LANES, VECTOR)
         before = packed
     return bad
 

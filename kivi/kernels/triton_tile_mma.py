@@ -170,9 +170,10 @@ def _of_rows(a, b, c, d, ROW: tl.constexpr):
 
 @triton.jit
 def hadamard_of_pairs(xs, signs, nothing, SIX: tl.constexpr, EXPONENT: tl.constexpr):
-    """Five or SIX steps of `transforms.hadamard`, of channels 1 to 16 or 32 apart, times 2^EXPONENT.
+    """Five or SIX steps of `transforms.hadamard`, of channels 1 to 16 or 32 apart.
 
-    Exact where small elements are left out, so that their order does not matter. Float32.
+    Times 2^EXPONENT, float32. Exact where small elements are left out, so that their order does not
+    matter.
     `nothing`: 0, unknown to the compiler.
     """
     PIECES: tl.constexpr = len(xs) // 4

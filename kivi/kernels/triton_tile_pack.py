@@ -76,6 +76,12 @@ def bytes_over(x, least):
 
 
 @triton.jit
+def ones_of_bytes(x):
+    """Bytes 1 of bytes 128."""
+    return (x.to(tl.uint32, bitcast=True) >> 7).to(tl.int32, bitcast=True)
+
+
+@triton.jit
 def quotient(a, b, FAST: tl.constexpr):
     """`a / b`, rounded as IEEE 754 wants it; both 0 or between 2^-60 and 2^60, b not 0."""
     if FAST:  # what the compiler makes of a division, without a branch for other numbers

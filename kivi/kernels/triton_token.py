@@ -205,7 +205,7 @@ def _larger_halves(xs):
 def largest(xs):
     """Of the magnitudes of tokens, [tokens, 1]; NaN where one is."""
     # By halves: a chain of them all would be waited for.
-    for k in tl.static_range(log2(len(xs))):
+    for _ in tl.static_range(log2(len(xs))):
         xs = _larger_halves(xs)
     peak = tl.abs(xs[0])
     for k in tl.static_range(1, len(xs)):

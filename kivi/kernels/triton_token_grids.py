@@ -18,6 +18,7 @@ from kivi.kernels.triton_tile_pack import (
     dot_bytes,
     join_bytes,
     join_signs,
+    ones_of_bytes,
     quotient,
     root,
 )
@@ -62,7 +63,7 @@ def few_levels(
 ):
     """`grids.unbiased` of up to 3 bits: whole numbers, four to a register.
 
-    Returns bytes as `quantize_group`, and what `scale_of_few_levels` makes the scale of, [tokens, 1].
+    Returns bytes as `quantize_group`, and what `scale_of_few_levels` wants, [tokens, 1].
     """
     BITS: tl.constexpr = FORMAT[0]
     G: tl.constexpr = FORMAT[2]
@@ -76,7 +77,7 @@ def few_levels(
         known, count, peak = _finite(xs)
     else:
         known, count, peak = xs, G, largest(xs)
-    part, inverse = _parts(peak, FEW)
+    _, inverse = _parts(peak, FEW)
     size, signs = (), ()
     square = tl.zeros(xs[0].shape, tl.int32)
     sizes, one = square, square + EACH
@@ -91,7 +92,7 @@ def few_levels(
     squares = total(square)
     over = ()
     for _ in tl.static_range(QUADS):
-        over = over + (tl.zeros(xs[0].shape, tl.uint32),)
+        over = over + (tl.zeros(xs[0].shape, tl.int32),)
     product = total(sizes)
     if INNER > 1:
         if CHECKED:
@@ -101,10 +102,7 @@ def few_levels(
         else:
             step = quotient(squares, tl.full(squares.shape, G, tl.float32), FAST)
         step = root(step, FAST) * START
-        for refit in tl.static_range(REFITS + 1):
-            if refit > 0:
-                norm = total(norm) * (1.0 / 16) + count
-                step = quotient(2 * product, tl.maximum(norm, 1.0), FAST)
+        for refit in tl.static_range(REFITS, -1, -1):
             above = tl.zeros(xs[0].shape, tl.int32)  # 128 times the sizes over a step, for each
             norm = tl.zeros(xs[0].shape, tl.int32)
             for i in tl.static_range(1, INNER):
@@ -113,16 +111,19 @@ def few_levels(
                 for j in tl.static_range(QUADS):
                     bits = bytes_over(size[j], least)
                     above = dot_bytes(size[j], bits, above, FAST)
-                    if refit < REFITS:
+                    if refit > 0:
                         norm = dot_bytes(bits, one * i, norm, FAST)
-                    part_over = part_over + (bits.to(tl.uint32, bitcast=True) >> 7,)
-                if refit == REFITS:
+                    part_over = part_over + (ones_of_bytes(bits),)
+                if refit == 0:
                     over = plus_scaled(over, part_over, 1)
             # A level is 1 and 2 for every step below; its square 1 and 8 i for the i-th.
             product = total(sizes * 128 + above * 2) * (1.0 / 128)
+            if refit > 0:
+                norm = total(norm) * (1.0 / 16) + count
+                step = quotient(2 * product, tl.maximum(norm, 1.0), FAST)
     codes = ()
     for j in tl.static_range(QUADS):
-        code = over[j].to(tl.int32, bitcast=True)
+        code = over[j]
         if CHECKED:  # outermost, NaN the lowest
             for k in tl.static_range(4):
                 outer = tl.where(xs[4 * j + k] * 0.0 == 0.0, 0, (INNER - 1) * 256**k)
@@ -186,7 +187,7 @@ def _many_levels(
 
 @triton.constexpr_function
 def turned_bit(format):
-    """The bit that `quantize_group` leaves turned in codes, 0 if none: it is turned for many at once."""
+    """The bit of codes that `quantize_group` leaves turned, 0 if none: many are turned at once."""
     bits, grid = format[:2]
     return 2 ** (bits - 1) if grid == "unbiased" and bits <= 3 else 0
 
@@ -197,7 +198,7 @@ def quantize_group(
     CHECKED: tl.constexpr,
     FORMAT: tl.constexpr,  # see below
 ):
-    """Bytes of codes, XOR `turned_bit(FORMAT)`, and the scale and zero that are stored, [tokens, 1].
+    """Bytes of codes XOR `turned_bit`, and the scale and zero that are stored, [tokens, 1].
 
     Where not CHECKED, a scale that is not finite tells that an element is not. FORMAT: bits; grid;
     group size; the clip; the first step, over the largest element or the standard deviation; the
