@@ -92,7 +92,10 @@ class PagePool:
 
         def grown(pages: Pages) -> Pages:
             def more(t: torch.Tensor) -> torch.Tensor:
-                return torch.cat([t, t.new_zeros(count, *t.shape[1:])])
+                new = t.new_zeros(old + count, *t.shape[1:])
+                if old > 1:  # what is in the bin nobody reads
+                    new[:old] = t
+                return new
 
             words, *others = pages
             return Pages(more(words), *(None if t is None else more(t) for t in others))
@@ -282,7 +285,10 @@ class PageTable:
         """`[B, n]` int64, padded with page 0."""
         width, pairs = max(self.opened), zip(self.rows, self.opened, strict=True)
         padded = [[r[c % self.ring] for c in range(n)] + [0] * (width - n) for r, n in pairs]
-        return torch.tensor(padded, dtype=torch.int64, device=device).view(len(self.rows), width)
+        table = torch.tensor(padded, dtype=torch.int64).view(len(self.rows), width)
+        # Else the host would wait for the GPU here, in every layer of a prompt, and then the GPU
+        # for the host. CUDA has read pageable memory when the call returns.
+        return table.to(device, non_blocking=True)
 
 
 def page_count(tokens: int) -> int:
