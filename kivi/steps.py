@@ -19,14 +19,17 @@ SLACK = TILE_ROWS
 Counts = tuple[list[int], list[int]]
 """Lengths and packed lengths of the rows, on the host."""
 
+Stretch = tuple[int, int, int]
+"""Columns whose exact slots lie side by side: the first column, its slot, how many."""
+
 
 class Step(NamedTuple):
     """What storing T columns does to the counters; computed before anything changes.
 
     `position [B, T]` of each column in its row, -1 for padding; `length [B]` and `packed [B]`
-    afterwards; `units`: at most so many units leave the window of a row. `place` of up to SLACK
-    columns: the exact slot of the first one, if the host knows that those of all rows lie there
-    side by side; else rows `[B, 1]` and slots `[B, T]`. Tensors may be views of the counters, and
+    afterwards; `units`: at most so many units leave the window of a row. `place`: the columns' exact
+    slots as `stretches`, if the host knows that they are those of all rows; else rows `[B, 1]` and
+    slots `[B, T]` of up to SLACK columns, None for more. Tensors may be views of the counters, and
     shared by layers: none is written. `weigh` tells formats that ask for it which tokens matter
     (`kivi.saliency`).
     """
@@ -35,7 +38,7 @@ class Step(NamedTuple):
     length: Tensor
     packed: Tensor
     units: int
-    place: int | tuple[Tensor, Tensor] | None
+    place: list[Stretch] | tuple[Tensor, Tensor] | None
     weigh: Callable[[Tensor, Tensor | int], Tensor] | None = None
 
 
@@ -59,13 +62,21 @@ def rows(x: Tensor) -> Tensor:
     return torch.arange(x.shape[0], device=x.device)[:, None]
 
 
-def common_slot(spec: KVSpec, lengths: list[int], t: int) -> int | None:
-    """The exact slot of the first of t new tokens, if those of all rows lie there side by side."""
+def stretches(spec: KVSpec, lengths: list[int], t: int) -> list[Stretch] | None:
+    """Where t new tokens of each row go, the last ones if the ring is too small for all.
+
+    None if rows differ in length.
+    """
     first, sinks, ring = lengths[0], spec.sink_length, ring_slots(spec)
     if lengths.count(first) != len(lengths):
         return None
-    slot, end = (first, sinks) if first < sinks else (sinks + (first - sinks) % ring, sinks + ring)
-    return slot if slot + t <= end else None
+    early = min(t, max(0, sinks - first))
+    found, column = [(0, first, early)] if early else [], max(early, t - ring)
+    while column < t:
+        slot = (first + column - sinks) % ring
+        found.append((column, sinks + slot, min(t - column, ring - slot)))
+        column += found[-1][2]
+    return found
 
 
 def plan(
@@ -90,11 +101,10 @@ def plan(
     else:
         position = torch.where(valid, view.length[:, None] + valid.cumsum(1) - 1, -1)
         length = view.length + valid.sum(1)
-    place: int | tuple[Tensor, Tensor] | None = None
-    if t <= SLACK:
-        place = None if lengths is None else common_slot(spec, lengths, t)
-        if place is None:
-            place = rows(position), slots(spec, position)
+    place: list[Stretch] | tuple[Tensor, Tensor] | None
+    place = None if lengths is None else stretches(spec, lengths, t)
+    if place is None and t <= SLACK:
+        place = rows(position), slots(spec, position)
     if not units:
         return Step(position, length, view.packed, 0, place)
     window = length - view.packed - (spec.sink_length + spec.residual_length)

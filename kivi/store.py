@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kivi.kernels.reference import exact_positions, gather_pages, smooth_factors
 from kivi.opaque import standing
 from kivi.packing import units_per_tile
+from kivi.pages import page_count
 from kivi.smoothing import find_smooth
 from kivi.spec import PAGE_TOKENS, KVSpec, QuantSpec
-from kivi.steps import SLACK, Step, ring_slots, rows, slots
+from kivi.steps import SLACK, Step, Stretch, ring_slots, rows, slots
 from kivi.view import CacheView
 
 
@@ -22,18 +24,22 @@ def write_exact(view: CacheView, spec: KVSpec, k: Tensor, v: Tensor, position: T
 
 
 def write_new(view: CacheView, k: Tensor, v: Tensor, step: Step) -> None:
-    """Put up to SLACK new columns `[B, Hkv, T, D]` into their exact slots."""
+    """Put new columns `[B, Hkv, T, D]` into the exact slots that the step knows."""
     assert step.place is not None
     _write(view, k, v, step.place)
 
 
-def _write(view: CacheView, k: Tensor, v: Tensor, place: int | tuple[Tensor, Tensor]) -> None:
+def _write(
+    view: CacheView, k: Tensor, v: Tensor, place: list[Stretch] | tuple[Tensor, Tensor]
+) -> None:
     for exact, new in ((view.exact_key, k), (view.exact_value, v)):
-        if isinstance(place, int):
-            exact.narrow(2, place, new.shape[2]).copy_(new)
+        if isinstance(place, list):
+            for column, slot, count in place:
+                part = new if count == new.shape[2] else new.narrow(2, column, count)
+                exact.narrow(2, slot, count).copy_(part)
         else:
-            row, slot = place
-            exact[row, :, slot] = new.transpose(1, 2)
+            row, slots_of = place
+            exact[row, :, slots_of] = new.transpose(1, 2)
 
 
 def pack_units(
@@ -95,40 +101,71 @@ def store(
             not packed at all.
     """
     t, unit, sinks = k.shape[2], spec.unit, spec.sink_length
-    units, start, done = step.units, view.packed, 0
-    if units and ring is not None:
-        start = torch.maximum(start, (-(-step.packed // PAGE_TOKENS) - ring) * PAGE_TOKENS)
-        units = units if fresh else min(units, ring * PAGE_TOKENS // unit)
+    units, start = step.units, view.packed
     if units and fresh:
-        skipped = 0 if ring is None else max(0, -(-units * unit // PAGE_TOKENS) - ring)
-        done = units * unit // PAGE_TOKENS - skipped
-        units -= skipped * PAGE_TOKENS // unit
-        begin = sinks + skipped * PAGE_TOKENS
-        body = [x[:, :, begin : begin + units * unit] for x in (k, v)]
+        pages = page_count(units * unit)
+        skipped = 0 if ring is None else max(0, pages - ring)
+        begin, end = sinks + skipped * PAGE_TOKENS, sinks + units * unit
+        body = [x[:, :, begin:end] for x in (k, v)]
         find_smooth(view, spec, body, step.packed)
-        body += [] if step.weigh is None else [step.weigh(body[0], begin)]
-        if done > 0:
-            page, factors = view.table[:, skipped : skipped + done], smooth_factors(view, spec)
-            at = (begin + torch.arange(done, device=k.device) * PAGE_TOKENS).expand_as(page)
-            full = [x[:, :, : done * PAGE_TOKENS].unflatten(2, (done, -1)) for x in body]
-            runs, specs = [x.transpose(1, 2) for x in full], (spec.key, spec.value)
-            for run, pages, one, f in zip(runs[:2], view[:2], specs, factors, strict=True):
-                where = standing(one, at, runs[2:])
-                quantize_pack(pages, one, run, page, page * 0, None, f, *where)
-        body = [x[:, :, done * PAGE_TOKENS :] for x in body]
-        units -= done * PAGE_TOKENS // unit
+        weights = [] if step.weigh is None else [step.weigh(body[0], begin)]
+        page, sources = view.table[:, skipped:pages], [x[:, :, begin:] for x in (k, v)]
+        _pack_pages(view, spec, sources + weights, begin, page, quantize_pack)
     elif units:
+        if ring is not None:
+            start = torch.maximum(start, (-(-step.packed // PAGE_TOKENS) - ring) * PAGE_TOKENS)
+            units = min(units, ring * PAGE_TOKENS // unit)
         body = _leaving(view, spec, k, v, step.position, start, units)
         find_smooth(view, spec, body, step.packed)
         body += [] if step.weigh is None else [step.weigh(body[0], sinks + start)]
-    if units:
         first = start[:, None]
-        if units > 1 or done:
-            first = first + torch.arange(units, device=k.device) * unit + done * PAGE_TOKENS
+        if units > 1:
+            first = first + torch.arange(units, device=k.device) * unit
         sources = [x.unflatten(2, (units, unit)) for x in body]
         pack_units(view, spec, sources, first, first < step.packed[:, None], quantize_pack)
-    if t > SLACK:
+    if t > SLACK and step.place is not None:
+        write_new(view, k, v, step)
+    elif t > SLACK:
         _enter(view, spec, k, v, step)
+
+
+def _pack_pages(
+    view: CacheView,
+    spec: KVSpec,
+    sources: Sequence[Tensor],
+    begin: int,
+    page: Tensor,
+    quantize_pack: Callable[..., None],
+) -> None:
+    """Quantize and pack tokens from the start of a page on, a page at a time and not a unit.
+
+    What follows them fills the last page, exact tokens as well or nothing: it does not count, and
+    what will leave the window for its place overwrites it.
+
+    Args:
+        view: where to.
+        spec: how.
+        sources: keys and values `[B, Hkv, T, D]`, and their weights if there are any.
+        begin: their first token in its row.
+        page: `[B, n]`.
+        quantize_pack: the operator.
+    """
+    n, factors, specs = page.shape[1], smooth_factors(view, spec), (spec.key, spec.value)
+    whole = min(n, *(x.shape[2] // PAGE_TOKENS for x in sources))
+    for first, last in ((0, whole), (whole, n)):
+        if first == last:
+            continue
+        parts = [x[:, :, first * PAGE_TOKENS : last * PAGE_TOKENS] for x in sources]
+        if first == whole:  # one page
+            parts = [F.pad(x, (0, 0, 0, PAGE_TOKENS - x.shape[2])) for x in parts]
+        runs = [x.unflatten(2, (last - first, -1)).transpose(1, 2) for x in parts]
+        where = page[:, first:last]
+        bounds = (begin + i * PAGE_TOKENS for i in (first, last))
+        at = torch.arange(*bounds, PAGE_TOKENS, device=page.device).expand_as(where)
+        start = torch.zeros_like(where)
+        for run, pages, one, f in zip(runs[:2], view[:2], specs, factors, strict=True):
+            told = standing(one, at, runs[2:])
+            quantize_pack(pages, one, run, where, start, None, f, *told)
 
 
 def _columns(new: Tensor, rank: Tensor) -> Tensor:
