@@ -160,8 +160,8 @@ def _pack_pages(
             parts = [F.pad(x, (0, 0, 0, PAGE_TOKENS - x.shape[2])) for x in parts]
         runs = [x.unflatten(2, (last - first, -1)).transpose(1, 2) for x in parts]
         where = page[:, first:last]
-        bounds = (begin + i * PAGE_TOKENS for i in (first, last))
-        at = torch.arange(*bounds, PAGE_TOKENS, device=page.device).expand_as(where)
+        low, high = (begin + i * PAGE_TOKENS for i in (first, last))
+        at = torch.arange(low, high, PAGE_TOKENS, device=page.device).expand_as(where)
         start = torch.zeros_like(where)
         for run, pages, one, f in zip(runs[:2], view[:2], specs, factors, strict=True):
             told = standing(one, at, runs[2:])
