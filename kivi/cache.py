@@ -341,9 +341,8 @@ class LayerCache:
         if host is not None and self._pages.rounds:  # should packing fail, this much is gone
             self._pages.lost = self._pages.forgotten(host[1])
         if step.units or k.shape[2] > steps.SLACK:
-            fresh = valid is None and self._is_empty()
             ring = self._pages.ring if self._pages.rounds else None
-            store.store(self._view(), self.spec, k, v, step, fresh, self._ops.quantize_pack, ring)
+            store.store(self._view(), self.spec, k, v, step, self._ops.quantize_pack, ring)
         self._count(step.length, step.packed if step.units else None)
         self._host = host
         if host is None and not torch.compiler.is_compiling():

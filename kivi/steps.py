@@ -27,11 +27,11 @@ class Step(NamedTuple):
     """What storing T columns does to the counters; computed before anything changes.
 
     `position [B, T]` of each column in its row, -1 for padding; `length [B]` and `packed [B]`
-    afterwards; `units`: at most so many units leave the window of a row. `place`: the columns' exact
-    slots as `stretches`, if the host knows that they are those of all rows; else rows `[B, 1]` and
-    slots `[B, T]` of up to SLACK columns, None for more. Tensors may be views of the counters, and
-    shared by layers: none is written. `weigh` tells formats that ask for it which tokens matter
-    (`kivi.saliency`).
+    afterwards; `units`: at most so many units leave the window of a row. `place`: exact slots as
+    `stretches`, if the host knows them and they are those of all rows; else rows `[B, 1]` and slots
+    `[B, T]` of up to SLACK columns, None for more. `before`: tokens and packed tokens that every
+    row had, if the host knows that. Tensors may be views of the counters, and shared by layers:
+    none is written. `weigh` tells formats that ask for it which tokens matter (`kivi.saliency`).
     """
 
     position: Tensor
@@ -39,6 +39,7 @@ class Step(NamedTuple):
     packed: Tensor
     units: int
     place: list[Stretch] | tuple[Tensor, Tensor] | None
+    before: tuple[int, int] | None = None
     weigh: Callable[[Tensor, Tensor | int], Tensor] | None = None
 
 
@@ -85,11 +86,11 @@ def plan(
     t: int,
     valid: Tensor | None,
     units: int,
-    lengths: list[int] | None = None,
+    counts: Counts | None = None,
 ) -> Step:
     """The step that stores t columns, those of `valid [B, t]` only; at most `units` units leave.
 
-    `lengths` of the rows, if the host knows them and no column is padding.
+    `counts` of the rows, if the host knows them and no column is padding.
 
     A decode step in eager mode launches every operation here on its own: no more than it needs.
     """
@@ -102,14 +103,16 @@ def plan(
         position = torch.where(valid, view.length[:, None] + valid.cumsum(1) - 1, -1)
         length = view.length + valid.sum(1)
     place: list[Stretch] | tuple[Tensor, Tensor] | None
-    place = None if lengths is None else stretches(spec, lengths, t)
+    place = None if counts is None else stretches(spec, counts[0], t)
     if place is None and t <= SLACK:
         place = rows(position), slots(spec, position)
     if not units:
         return Step(position, length, view.packed, 0, place)
+    same = counts is not None and all(x.count(x[0]) == len(x) for x in counts)
+    before = (counts[0][0], counts[1][0]) if counts is not None and same else None
     window = length - view.packed - (spec.sink_length + spec.residual_length)
     leaving = window.clamp_min(0) // spec.unit * spec.unit
-    return Step(position, length, view.packed + leaving, units, place)
+    return Step(position, length, view.packed + leaving, units, place, before)
 
 
 def plan_on_host(
@@ -166,7 +169,7 @@ def next_step(
     """
     new = [t] * len(counts[0]) if valid is None else valid.sum(1).tolist()
     host, units = plan_on_host(spec, counts, new, max_length)
-    return plan(view, spec, t, valid, units, counts[0] if valid is None else None), host
+    return plan(view, spec, t, valid, units, counts if valid is None else None), host
 
 
 class Steps:

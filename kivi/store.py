@@ -14,7 +14,7 @@ from kivi.packing import units_per_tile
 from kivi.pages import page_count
 from kivi.smoothing import find_smooth
 from kivi.spec import PAGE_TOKENS, KVSpec, QuantSpec
-from kivi.steps import SLACK, Step, Stretch, ring_slots, rows, slots
+from kivi.steps import SLACK, Step, Stretch, ring_slots, rows, slots, stretches
 from kivi.view import CacheView
 
 
@@ -47,7 +47,7 @@ def pack_units(
     spec: KVSpec,
     sources: Sequence[Tensor],
     first: Tensor,
-    due: Tensor,
+    due: Tensor | None,
     quantize_pack: Callable[..., None],
 ) -> None:
     """Quantize and pack units of keys and values.
@@ -57,11 +57,12 @@ def pack_units(
         spec: how.
         sources: keys and values, each `[B, Hkv, m, U, D]`, and their weights if there are any.
         first: `[B, m]` the units' first tokens, counted from the first packed token.
-        due: `[B, m]` bool; the other units go to the bin.
+        due: `[B, m]` bool; the other units go to the bin. None if there are none.
         quantize_pack: the operator.
     """
     column = (first // PAGE_TOKENS).clamp_max(view.table.shape[1] - 1)
-    page, offset = view.table.gather(1, column) * due, first % PAGE_TOKENS
+    page, offset = view.table.gather(1, column), first % PAGE_TOKENS
+    page = page if due is None else page * due
     specs, sinks = (spec.key, spec.value), spec.sink_length
     factors = smooth_factors(view, spec)
     for x, pages, one, f in zip(sources[:2], view[:2], specs, factors, strict=True):
@@ -81,7 +82,6 @@ def store(
     k: Tensor,
     v: Tensor,
     step: Step,
-    fresh: bool,
     quantize_pack: Callable[..., None],
     ring: int | None = None,
 ) -> None:
@@ -95,23 +95,15 @@ def store(
         k: `[B, Hkv, T, D]`.
         v: `[B, Hkv, T, Dv]`.
         step: what to do.
-        fresh: the caller knows that the cache is empty and no column is padding.
         quantize_pack: the operator.
         ring: a page is written again this many columns later; what would be lost so at once is
             not packed at all.
     """
-    t, unit, sinks = k.shape[2], spec.unit, spec.sink_length
-    units, start = step.units, view.packed
-    if units and fresh:
-        pages = page_count(units * unit)
-        skipped = 0 if ring is None else max(0, pages - ring)
-        begin, end = sinks + skipped * PAGE_TOKENS, sinks + units * unit
-        body = [x[:, :, begin:end] for x in (k, v)]
-        find_smooth(view, spec, body, step.packed)
-        weights = [] if step.weigh is None else [step.weigh(body[0], begin)]
-        page, sources = view.table[:, skipped:pages], [x[:, :, begin:] for x in (k, v)]
-        _pack_pages(view, spec, sources + weights, begin, page, quantize_pack)
+    t, unit, sinks, units = k.shape[2], spec.unit, spec.sink_length, step.units
+    if units and step.before is not None:
+        _pack_alike(view, spec, k, v, step, quantize_pack, ring)
     elif units:
+        start = view.packed
         if ring is not None:
             start = torch.maximum(start, (-(-step.packed // PAGE_TOKENS) - ring) * PAGE_TOKENS)
             units = min(units, ring * PAGE_TOKENS // unit)
@@ -129,6 +121,47 @@ def store(
         _enter(view, spec, k, v, step)
 
 
+def _pack_alike(
+    view: CacheView,
+    spec: KVSpec,
+    k: Tensor,
+    v: Tensor,
+    step: Step,
+    quantize_pack: Callable[..., None],
+    ring: int | None,
+) -> None:
+    """`store`'s packing where the host knows which tokens leave, the same of all rows.
+
+    Of many columns a page at a time, once the one that was begun is full: a unit at a time, a
+    prompt would be dozens of launches in every layer.
+    """
+    assert step.before is not None
+    t, unit, (length, start) = k.shape[2], spec.unit, step.before
+    end = start + step.units * unit
+    if ring is not None:
+        start = max(start, (page_count(end) - ring) * PAGE_TOKENS)
+    begin = spec.sink_length + start  # in the row
+    # Few columns lie in the ring already, many do not.
+    held = end - start if t <= SLACK else max(0, length - begin)
+    places = stretches(spec, [begin], held) or []
+    body = []
+    for x, exact in ((k, view.exact_key), (v, view.exact_value)):
+        parts = [exact.narrow(2, slot, count) for _, slot, count in places]
+        parts += [x[:, :, max(0, begin - length) :]] if t > SLACK else []
+        body.append(parts[0] if len(parts) == 1 else torch.cat(parts, 2))
+    find_smooth(view, spec, body, step.packed)
+    body += [] if step.weigh is None else [step.weigh(body[0][:, :, : end - start], begin)]
+    head = min(end, page_count(start) * PAGE_TOKENS) - start if t > SLACK else end - start
+    if head:
+        units = [x[:, :, :head].unflatten(2, (-1, unit)) for x in body]
+        first = torch.arange(start, start + head, unit, device=k.device).expand(k.shape[0], -1)
+        pack_units(view, spec, units, first, None, quantize_pack)
+    if start + head < end:
+        page = view.table[:, page_count(start) : page_count(end)]
+        rest = [x[:, :, head:] for x in body]
+        _pack_pages(view, spec, rest, begin + head, page, quantize_pack)
+
+
 def _pack_pages(
     view: CacheView,
     spec: KVSpec,
@@ -137,7 +170,7 @@ def _pack_pages(
     page: Tensor,
     quantize_pack: Callable[..., None],
 ) -> None:
-    """Quantize and pack tokens from the start of a page on, a page at a time and not a unit.
+    """Quantize and pack tokens from the start of a page on, a page at a time.
 
     What follows them fills the last page, exact tokens as well or nothing: it does not count, and
     what will leave the window for its place overwrites it.
