@@ -10,7 +10,6 @@ from torch import Tensor
 
 from kivi.pages import CROP
 from kivi.spec import TILE_ROWS, KVSpec, check_count
-from kivi.view import CacheView
 
 SLACK = TILE_ROWS
 """Tokens that fit into the ring before a unit must have left it."""
@@ -18,6 +17,9 @@ SLACK = TILE_ROWS
 
 Counts = tuple[list[int], list[int]]
 """Lengths and packed lengths of the rows, on the host."""
+
+Held = tuple[Tensor, Tensor]
+"""Lengths and packed lengths of the rows on the device, each `[B]`."""
 
 Stretch = tuple[int, int, int]
 """Columns whose exact slots lie side by side: the first column, its slot, how many."""
@@ -81,7 +83,7 @@ def stretches(spec: KVSpec, lengths: list[int], t: int) -> list[Stretch] | None:
 
 
 def plan(
-    view: CacheView,
+    held: Held,
     spec: KVSpec,
     t: int,
     valid: Tensor | None,
@@ -94,25 +96,26 @@ def plan(
 
     A decode step in eager mode launches every operation here on its own: no more than it needs.
     """
+    before, packed = held
     if valid is None:
-        position = view.length[:, None]
+        position = before[:, None]
         if t > 1:
-            position = position + torch.arange(t, device=view.length.device)
-        length = view.length + t
+            position = position + torch.arange(t, device=before.device)
+        length = before + t
     else:
-        position = torch.where(valid, view.length[:, None] + valid.cumsum(1) - 1, -1)
-        length = view.length + valid.sum(1)
+        position = torch.where(valid, before[:, None] + valid.cumsum(1) - 1, -1)
+        length = before + valid.sum(1)
     place: list[Stretch] | tuple[Tensor, Tensor] | None
     place = None if counts is None else stretches(spec, counts[0], t)
     if place is None and t <= SLACK:
         place = rows(position), slots(spec, position)
     if not units:
-        return Step(position, length, view.packed, 0, place)
+        return Step(position, length, packed, 0, place)
     same = counts is not None and all(x.count(x[0]) == len(x) for x in counts)
-    before = (counts[0][0], counts[1][0]) if counts is not None and same else None
-    window = length - view.packed - (spec.sink_length + spec.residual_length)
+    known = (counts[0][0], counts[1][0]) if counts is not None and same else None
+    window = length - packed - (spec.sink_length + spec.residual_length)
     leaving = window.clamp_min(0) // spec.unit * spec.unit
-    return Step(position, length, view.packed + leaving, units, place, before)
+    return Step(position, length, packed + leaving, units, place, known)
 
 
 def plan_on_host(
@@ -137,17 +140,17 @@ def plan_on_host(
 
 
 def traced_step(
-    view: CacheView, spec: KVSpec, t: int, valid: Tensor | None, max_length: int | None
+    held: Held, spec: KVSpec, t: int, valid: Tensor | None, max_length: int | None
 ) -> Step:
     """The step that stores t columns, where the host cannot see the counters."""
-    step = plan(view, spec, t, valid, (t - 1) // spec.unit + 1)
+    step = plan(held, spec, t, valid, (t - 1) // spec.unit + 1)
     if max_length is not None:
         torch._assert_async((step.length <= max_length).all(), "more tokens than max_length")
     return step
 
 
 def next_step(
-    view: CacheView,
+    held: Held,
     spec: KVSpec,
     counts: Counts,
     t: int,
@@ -157,9 +160,9 @@ def next_step(
     """The step that stores t columns, and the counts after it.
 
     Args:
-        view: the layer's state.
+        held: the counters.
         spec: how it is packed.
-        counts: what the counters of the view hold.
+        counts: what they hold.
         t: columns.
         valid: `[B, t]`, which columns are not padding; None if none is.
         max_length: of a cache that does not grow.
@@ -169,7 +172,7 @@ def next_step(
     """
     new = [t] * len(counts[0]) if valid is None else valid.sum(1).tolist()
     host, units = plan_on_host(spec, counts, new, max_length)
-    return plan(view, spec, t, valid, units, counts if valid is None else None), host
+    return plan(held, spec, t, valid, units, counts if valid is None else None), host
 
 
 class Steps:
@@ -187,7 +190,7 @@ class Steps:
 
     def next(
         self,
-        view: CacheView,
+        held: Held,
         spec: KVSpec,
         counts: Counts,
         t: int,
@@ -196,12 +199,12 @@ class Steps:
     ) -> tuple[Step, Counts]:
         """What `next_step` says."""
         if valid is not None or max_length is not None:
-            return next_step(view, spec, counts, t, valid, max_length)
-        kind = view.length.device, spec.sink_length, spec.residual_length, spec.unit
+            return next_step(held, spec, counts, t, valid, max_length)
+        kind = held[0].device, spec.sink_length, spec.residual_length, spec.unit
         last = self._last.get(kind)
         if last is None or last[1] != t or last[0] != counts:
             with torch.inference_mode(False):  # layers keep them
-                last = counts, t, next_step(view, spec, counts, t, None, None)
+                last = counts, t, next_step(held, spec, counts, t, None, None)
             self._last[kind] = last
         return last[2]
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kivi.kernels.reference import exact_positions, gather_pages, smooth_factors
-from kivi.opaque import standing
+from kivi.opaque import is_told
 from kivi.packing import units_per_tile
 from kivi.pages import page_count
 from kivi.smoothing import find_smooth
@@ -72,8 +72,8 @@ def pack_units(
         for start in range(min(stride, x.shape[2])):
             pick = slice(start, None, stride)
             run, *weight = (s[:, :, pick].transpose(1, 2) for s in (x, *sources[2:]))
-            where = standing(one, sinks + first[:, pick], weight)
-            quantize_pack(pages, one, run, page[:, pick], offset[:, pick], None, f, *where)
+            told = (sinks + first[:, pick], *weight) if is_told(one) else ()
+            quantize_pack(pages, one, run, page[:, pick], offset[:, pick], None, f, *told)
 
 
 def store(
@@ -193,12 +193,12 @@ def _pack_pages(
             parts = [F.pad(x, (0, 0, 0, PAGE_TOKENS - x.shape[2])) for x in parts]
         runs = [x.unflatten(2, (last - first, -1)).transpose(1, 2) for x in parts]
         where = page[:, first:last]
-        low, high = (begin + i * PAGE_TOKENS for i in (first, last))
-        at = torch.arange(low, high, PAGE_TOKENS, device=page.device).expand_as(where)
-        start = torch.zeros_like(where)
+        start, told = torch.zeros_like(where), list[Tensor]()
+        if any(map(is_told, specs)):
+            number = torch.arange(first, last, device=page.device)
+            told = [(begin + number * PAGE_TOKENS).expand_as(where), *runs[2:]]
         for run, pages, one, f in zip(runs[:2], view[:2], specs, factors, strict=True):
-            told = standing(one, at, runs[2:])
-            quantize_pack(pages, one, run, where, start, None, f, *told)
+            quantize_pack(pages, one, run, where, start, None, f, *(told if is_told(one) else ()))
 
 
 def _columns(new: Tensor, rank: Tensor) -> Tensor:
