@@ -100,9 +100,10 @@ class LayerCache:
     def nbytes(self) -> CacheBytes:
         """Bytes allocated and in use."""
         lengths, packed = self._mirror()
-        exact = (sum(lengths) - sum(packed)) * sum(t[0, :, 0].nbytes for t in self._view()[4:6])
+        of_tokens = (self._exact_key, self._exact_value)
+        exact = (sum(lengths) - sum(packed)) * sum(t[0, :, 0].nbytes for t in of_tokens)
         exact += sum(t.nbytes for t in (self._table, self._length, self._packed, self._smooth))
-        own = sum(t.nbytes for t in self._view()[2:] if t is not None)
+        own = sum(getattr(self, name).nbytes for name in (*_OF_ROWS, "_table"))
         return CacheBytes(self._pages.pool.nbytes + own, self._pages.used_nbytes(packed) + exact)
 
     def dequantize(self) -> tuple[Tensor, Tensor]:
@@ -274,8 +275,7 @@ class LayerCache:
     def _forget(self, lengths: list[int], packed: list[int]) -> None:
         """Set the counters to what is kept; pages still to be written become the rows' own."""
         self._pages.rebuild(self._mirror()[1], list(range(self.batch_size)), packed)
-        counters = [torch.tensor(counts, device=self.device) for counts in (lengths, packed)]
-        self._count(*counters)
+        self._count(*(torch.tensor(counts, device=self.device) for counts in (lengths, packed)))
         self._host = (list(lengths), list(packed))
         self._write_table()
 
@@ -300,9 +300,9 @@ class LayerCache:
         return not checks.tracing() and not any(self._mirror()[0])
 
     def _view(self, length: Tensor | None = None) -> CacheView:
-        pool, length = self._pages.pool, self._length if length is None else length
+        length = self._length if length is None else length
         rows = (self._exact_key, self._exact_value, length, self._smooth)
-        return CacheView(pool.key, pool.value, self._table, self._packed, *rows)
+        return CacheView(*self._pages.pool.pages(), self._table, self._packed, *rows)
 
     @torch.inference_mode(False)
     def _write_table(self) -> None:
@@ -324,11 +324,12 @@ class LayerCache:
 
     def _step(self, t: int, valid: Tensor | None) -> tuple[Step, Counts | None]:
         """What storing t columns will do, with pages reserved; refuses what does not fit."""
+        held = self._length, self._packed
         if checks.tracing():
-            return steps.traced_step(self._view(), self.spec, t, valid, self.max_length), None
+            return steps.traced_step(held, self.spec, t, valid, self.max_length), None
         if self._pages.rounds:  # a step that failed may have overwritten what is still seen
             self.check_crop(0)
-        state = (self._view(), self.spec, self._mirror(), t, valid, self.max_length)
+        state = (held, self.spec, self._mirror(), t, valid, self.max_length)
         step, host = self.steps.next(*state) if self.steps else steps.next_step(*state)
         if step.units and self._pages.reserve(host[1]):
             self._write_table()
@@ -341,9 +342,8 @@ class LayerCache:
         if host is not None and self._pages.rounds:  # should packing fail, this much is gone
             self._pages.lost = self._pages.forgotten(host[1])
         if step.units or k.shape[2] > steps.SLACK:
-            fresh = valid is None and self._is_empty()
             ring = self._pages.ring if self._pages.rounds else None
-            store.store(self._view(), self.spec, k, v, step, fresh, self._ops.quantize_pack, ring)
+            store.store(self._view(), self.spec, k, v, step, self._ops.quantize_pack, ring)
         self._count(step.length, step.packed if step.units else None)
         self._host = host
         if host is None and not torch.compiler.is_compiling():

@@ -100,8 +100,7 @@ def rebuild(
 
 def _pages(cache: LayerCache) -> dict[str, Tensor]:
     """The pool's tensors by name."""
-    pool = cache._pages.pool
-    both = (("key", pool.key), ("value", pool.value))
+    both = zip(("key", "value"), cache._pages.pool.pages(), strict=True)
     named = {f"{name}_{field}": x for name, p in both for field, x in p._asdict().items()}
     return {name: x for name, x in named.items() if x is not None}
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -12,15 +10,12 @@ from kivi.spec import PLACE_BYTES, OpaqueSpec, Spec
 from kivi.transforms import turn
 
 
-def standing(
-    one: Spec | None, position: Tensor, weight: Sequence[Tensor] = ()
-) -> tuple[Tensor, ...]:
-    """What `quantize_pack` is told of runs beside their tokens, where the format asks for it.
+def is_told(one: Spec | None) -> bool:
+    """Whether `quantize_pack` is told more of runs than their tokens.
 
     That is their positions, and their weights if there are any.
     """
-    asks = isinstance(one, OpaqueSpec) and (one.pre_rope or one.weighs_tokens)
-    return (position, *weight) if asks else ()
+    return isinstance(one, OpaqueSpec) and (one.pre_rope or one.weighs_tokens)
 
 
 def encode_opaque(

@@ -47,11 +47,24 @@ class PagePool:
         device: torch.device,
         pages: int = 0,
     ) -> None:
-        self.key = empty_pages(spec.key, pages + 1, num_kv_heads, head_dim, dtype, device)
-        self.value = empty_pages(spec.value, pages + 1, num_kv_heads, value_head_dim, dtype, device)
+        shape, where = (num_kv_heads, head_dim, value_head_dim), (dtype, device)
+        self._format = spec, shape, where
+        self._made: tuple[Pages, Pages] | None = None
         self.references = [1] + [0] * pages
         # Pages that caches with a max_length may need at once, if they share nothing.
         self.promised = 0
+
+    def pages(self) -> tuple[Pages, Pages]:
+        """Pages of keys and of values, allocated late: those of a prompt all at once."""
+        if self._made is None:
+            self._made = self._make(len(self.references))
+        return self._made
+
+    @torch.inference_mode(False)
+    def _make(self, count: int) -> tuple[Pages, Pages]:
+        spec, (heads, d, dv), where = self._format
+        key = empty_pages(spec.key, count, heads, d, *where)
+        return key, empty_pages(spec.value, count, heads, dv, *where)
 
     @property
     def page_nbytes(self) -> int:
@@ -60,8 +73,8 @@ class PagePool:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all pages, free ones and the bin included."""
-        return self.key.nbytes + self.value.nbytes
+        """Bytes of all pages there are yet, free ones and the bin included."""
+        return sum(pages.nbytes for pages in self._made or ())
 
     def take(self, count: int) -> list[int]:
         """Take pages that nobody refers to; the pool grows where there are too few."""
@@ -80,7 +93,7 @@ class PagePool:
 
     def copy(self, source: list[int], target: list[int]) -> None:
         """Copy the contents of pages."""
-        tensors = [t for t in (*self.key, *self.value) if t is not None] if source else []
+        tensors = [t for pages in self.pages() for t in pages if t is not None] if source else []
         # All are read before one is written: a page may be both, and memory may run out between.
         for tensor, new in [(t, t[source]) for t in tensors]:
             tensor[target] = new
@@ -92,13 +105,15 @@ class PagePool:
 
         def grown(pages: Pages) -> Pages:
             def more(t: torch.Tensor) -> torch.Tensor:
-                return torch.cat([t, t.new_zeros(count, *t.shape[1:])])
+                new = t.new_zeros(old + count, *t.shape[1:])
+                new[:old] = t
+                return new
 
             words, *others = pages
             return Pages(more(words), *(None if t is None else more(t) for t in others))
 
-        key, value = grown(self.key), grown(self.value)
-        self.key, self.value = key, value
+        made = self._made
+        self._made = (grown(made[0]), grown(made[1])) if made else self._make(old + count)
         self.references += [0] * count
         return list(range(old, old + count))
 
@@ -282,7 +297,10 @@ class PageTable:
         """`[B, n]` int64, padded with page 0."""
         width, pairs = max(self.opened), zip(self.rows, self.opened, strict=True)
         padded = [[r[c % self.ring] for c in range(n)] + [0] * (width - n) for r, n in pairs]
-        return torch.tensor(padded, dtype=torch.int64, device=device).view(len(self.rows), width)
+        table = torch.tensor(padded, dtype=torch.int64).view(len(self.rows), width)
+        # Else the host would wait for the GPU here, in every layer of a prompt, and then the GPU
+        # for the host. CUDA has read pageable memory when the call returns.
+        return table.to(device, non_blocking=True)
 
 
 def page_count(tokens: int) -> int:

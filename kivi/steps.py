@@ -10,7 +10,6 @@ from torch import Tensor
 
 from kivi.pages import CROP
 from kivi.spec import TILE_ROWS, KVSpec, check_count
-from kivi.view import CacheView
 
 SLACK = TILE_ROWS
 """Tokens that fit into the ring before a unit must have left it."""
@@ -19,23 +18,30 @@ SLACK = TILE_ROWS
 Counts = tuple[list[int], list[int]]
 """Lengths and packed lengths of the rows, on the host."""
 
+Held = tuple[Tensor, Tensor]
+"""Lengths and packed lengths of the rows on the device, each `[B]`."""
+
+Stretch = tuple[int, int, int]
+"""Columns whose exact slots lie side by side: the first column, its slot, how many."""
+
 
 class Step(NamedTuple):
     """What storing T columns does to the counters; computed before anything changes.
 
     `position [B, T]` of each column in its row, -1 for padding; `length [B]` and `packed [B]`
-    afterwards; `units`: at most so many units leave the window of a row. `place` of up to SLACK
-    columns: the exact slot of the first one, if the host knows that those of all rows lie there
-    side by side; else rows `[B, 1]` and slots `[B, T]`. Tensors may be views of the counters, and
-    shared by layers: none is written. `weigh` tells formats that ask for it which tokens matter
-    (`kivi.saliency`).
+    afterwards; `units`: at most so many units leave the window of a row. `place`: exact slots as
+    `stretches`, if the host knows them and they are those of all rows; else rows `[B, 1]` and slots
+    `[B, T]` of up to SLACK columns, None for more. `before`: tokens and packed tokens that every
+    row had, if the host knows that. Tensors may be views of the counters, and shared by layers:
+    none is written. `weigh` tells formats that ask for it which tokens matter (`kivi.saliency`).
     """
 
     position: Tensor
     length: Tensor
     packed: Tensor
     units: int
-    place: int | tuple[Tensor, Tensor] | None
+    place: list[Stretch] | tuple[Tensor, Tensor] | None
+    before: tuple[int, int] | None = None
     weigh: Callable[[Tensor, Tensor | int], Tensor] | None = None
 
 
@@ -59,47 +65,57 @@ def rows(x: Tensor) -> Tensor:
     return torch.arange(x.shape[0], device=x.device)[:, None]
 
 
-def common_slot(spec: KVSpec, lengths: list[int], t: int) -> int | None:
-    """The exact slot of the first of t new tokens, if those of all rows lie there side by side."""
+def stretches(spec: KVSpec, lengths: list[int], t: int) -> list[Stretch] | None:
+    """Where t new tokens of each row go, the last ones if the ring is too small for all.
+
+    None if rows differ in length.
+    """
     first, sinks, ring = lengths[0], spec.sink_length, ring_slots(spec)
     if lengths.count(first) != len(lengths):
         return None
-    slot, end = (first, sinks) if first < sinks else (sinks + (first - sinks) % ring, sinks + ring)
-    return slot if slot + t <= end else None
+    early = min(t, max(0, sinks - first))
+    found, column = [(0, first, early)] if early else [], max(early, t - ring)
+    while column < t:
+        slot = (first + column - sinks) % ring
+        found.append((column, sinks + slot, min(t - column, ring - slot)))
+        column += found[-1][2]
+    return found
 
 
 def plan(
-    view: CacheView,
+    held: Held,
     spec: KVSpec,
     t: int,
     valid: Tensor | None,
     units: int,
-    lengths: list[int] | None = None,
+    counts: Counts | None = None,
 ) -> Step:
     """The step that stores t columns, those of `valid [B, t]` only; at most `units` units leave.
 
-    `lengths` of the rows, if the host knows them and no column is padding.
+    `counts` of the rows, if the host knows them and no column is padding.
 
     A decode step in eager mode launches every operation here on its own: no more than it needs.
     """
+    before, packed = held
     if valid is None:
-        position = view.length[:, None]
+        position = before[:, None]
         if t > 1:
-            position = position + torch.arange(t, device=view.length.device)
-        length = view.length + t
+            position = position + torch.arange(t, device=before.device)
+        length = before + t
     else:
-        position = torch.where(valid, view.length[:, None] + valid.cumsum(1) - 1, -1)
-        length = view.length + valid.sum(1)
-    place: int | tuple[Tensor, Tensor] | None = None
-    if t <= SLACK:
-        place = None if lengths is None else common_slot(spec, lengths, t)
-        if place is None:
-            place = rows(position), slots(spec, position)
+        position = torch.where(valid, before[:, None] + valid.cumsum(1) - 1, -1)
+        length = before + valid.sum(1)
+    place: list[Stretch] | tuple[Tensor, Tensor] | None
+    place = None if counts is None else stretches(spec, counts[0], t)
+    if place is None and t <= SLACK:
+        place = rows(position), slots(spec, position)
     if not units:
-        return Step(position, length, view.packed, 0, place)
-    window = length - view.packed - (spec.sink_length + spec.residual_length)
+        return Step(position, length, packed, 0, place)
+    same = counts is not None and all(x.count(x[0]) == len(x) for x in counts)
+    known = (counts[0][0], counts[1][0]) if counts is not None and same else None
+    window = length - packed - (spec.sink_length + spec.residual_length)
     leaving = window.clamp_min(0) // spec.unit * spec.unit
-    return Step(position, length, view.packed + leaving, units, place)
+    return Step(position, length, packed + leaving, units, place, known)
 
 
 def plan_on_host(
@@ -124,17 +140,17 @@ def plan_on_host(
 
 
 def traced_step(
-    view: CacheView, spec: KVSpec, t: int, valid: Tensor | None, max_length: int | None
+    held: Held, spec: KVSpec, t: int, valid: Tensor | None, max_length: int | None
 ) -> Step:
     """The step that stores t columns, where the host cannot see the counters."""
-    step = plan(view, spec, t, valid, (t - 1) // spec.unit + 1)
+    step = plan(held, spec, t, valid, (t - 1) // spec.unit + 1)
     if max_length is not None:
         torch._assert_async((step.length <= max_length).all(), "more tokens than max_length")
     return step
 
 
 def next_step(
-    view: CacheView,
+    held: Held,
     spec: KVSpec,
     counts: Counts,
     t: int,
@@ -144,9 +160,9 @@ def next_step(
     """The step that stores t columns, and the counts after it.
 
     Args:
-        view: the layer's state.
+        held: the counters.
         spec: how it is packed.
-        counts: what the counters of the view hold.
+        counts: what they hold.
         t: columns.
         valid: `[B, t]`, which columns are not padding; None if none is.
         max_length: of a cache that does not grow.
@@ -156,7 +172,7 @@ def next_step(
     """
     new = [t] * len(counts[0]) if valid is None else valid.sum(1).tolist()
     host, units = plan_on_host(spec, counts, new, max_length)
-    return plan(view, spec, t, valid, units, counts[0] if valid is None else None), host
+    return plan(held, spec, t, valid, units, counts if valid is None else None), host
 
 
 class Steps:
@@ -174,7 +190,7 @@ class Steps:
 
     def next(
         self,
-        view: CacheView,
+        held: Held,
         spec: KVSpec,
         counts: Counts,
         t: int,
@@ -183,12 +199,12 @@ class Steps:
     ) -> tuple[Step, Counts]:
         """What `next_step` says."""
         if valid is not None or max_length is not None:
-            return next_step(view, spec, counts, t, valid, max_length)
-        kind = view.length.device, spec.sink_length, spec.residual_length, spec.unit
+            return next_step(held, spec, counts, t, valid, max_length)
+        kind = held[0].device, spec.sink_length, spec.residual_length, spec.unit
         last = self._last.get(kind)
         if last is None or last[1] != t or last[0] != counts:
             with torch.inference_mode(False):  # layers keep them
-                last = counts, t, next_step(view, spec, counts, t, None, None)
+                last = counts, t, next_step(held, spec, counts, t, None, None)
             self._last[kind] = last
         return last[2]
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kivi.kernels.reference import exact_positions, gather_pages, smooth_factors
-from kivi.opaque import standing
+from kivi.opaque import is_told
 from kivi.packing import units_per_tile
+from kivi.pages import page_count
 from kivi.smoothing import find_smooth
 from kivi.spec import PAGE_TOKENS, KVSpec, QuantSpec
-from kivi.steps import SLACK, Step, ring_slots, rows, slots
+from kivi.steps import SLACK, Step, Stretch, ring_slots, rows, slots, stretches
 from kivi.view import CacheView
 
 
@@ -22,18 +24,22 @@ def write_exact(view: CacheView, spec: KVSpec, k: Tensor, v: Tensor, position: T
 
 
 def write_new(view: CacheView, k: Tensor, v: Tensor, step: Step) -> None:
-    """Put up to SLACK new columns `[B, Hkv, T, D]` into their exact slots."""
+    """Put new columns `[B, Hkv, T, D]` into the exact slots that the step knows."""
     assert step.place is not None
     _write(view, k, v, step.place)
 
 
-def _write(view: CacheView, k: Tensor, v: Tensor, place: int | tuple[Tensor, Tensor]) -> None:
+def _write(
+    view: CacheView, k: Tensor, v: Tensor, place: list[Stretch] | tuple[Tensor, Tensor]
+) -> None:
     for exact, new in ((view.exact_key, k), (view.exact_value, v)):
-        if isinstance(place, int):
-            exact.narrow(2, place, new.shape[2]).copy_(new)
+        if isinstance(place, list):
+            for column, slot, count in place:
+                part = new if count == new.shape[2] else new.narrow(2, column, count)
+                exact.narrow(2, slot, count).copy_(part)
         else:
-            row, slot = place
-            exact[row, :, slot] = new.transpose(1, 2)
+            row, slots_of = place
+            exact[row, :, slots_of] = new.transpose(1, 2)
 
 
 def pack_units(
@@ -41,7 +47,7 @@ def pack_units(
     spec: KVSpec,
     sources: Sequence[Tensor],
     first: Tensor,
-    due: Tensor,
+    due: Tensor | None,
     quantize_pack: Callable[..., None],
 ) -> None:
     """Quantize and pack units of keys and values.
@@ -51,11 +57,12 @@ def pack_units(
         spec: how.
         sources: keys and values, each `[B, Hkv, m, U, D]`, and their weights if there are any.
         first: `[B, m]` the units' first tokens, counted from the first packed token.
-        due: `[B, m]` bool; the other units go to the bin.
+        due: `[B, m]` bool; the other units go to the bin. None if there are none.
         quantize_pack: the operator.
     """
     column = (first // PAGE_TOKENS).clamp_max(view.table.shape[1] - 1)
-    page, offset = view.table.gather(1, column) * due, first % PAGE_TOKENS
+    page, offset = view.table.gather(1, column), first % PAGE_TOKENS
+    page = page if due is None else page * due
     specs, sinks = (spec.key, spec.value), spec.sink_length
     factors = smooth_factors(view, spec)
     for x, pages, one, f in zip(sources[:2], view[:2], specs, factors, strict=True):
@@ -65,8 +72,8 @@ def pack_units(
         for start in range(min(stride, x.shape[2])):
             pick = slice(start, None, stride)
             run, *weight = (s[:, :, pick].transpose(1, 2) for s in (x, *sources[2:]))
-            where = standing(one, sinks + first[:, pick], weight)
-            quantize_pack(pages, one, run, page[:, pick], offset[:, pick], None, f, *where)
+            told = (sinks + first[:, pick], *weight) if is_told(one) else ()
+            quantize_pack(pages, one, run, page[:, pick], offset[:, pick], None, f, *told)
 
 
 def store(
@@ -75,7 +82,6 @@ def store(
     k: Tensor,
     v: Tensor,
     step: Step,
-    fresh: bool,
     quantize_pack: Callable[..., None],
     ring: int | None = None,
 ) -> None:
@@ -89,46 +95,110 @@ def store(
         k: `[B, Hkv, T, D]`.
         v: `[B, Hkv, T, Dv]`.
         step: what to do.
-        fresh: the caller knows that the cache is empty and no column is padding.
         quantize_pack: the operator.
         ring: a page is written again this many columns later; what would be lost so at once is
             not packed at all.
     """
-    t, unit, sinks = k.shape[2], spec.unit, spec.sink_length
-    units, start, done = step.units, view.packed, 0
-    if units and ring is not None:
-        start = torch.maximum(start, (-(-step.packed // PAGE_TOKENS) - ring) * PAGE_TOKENS)
-        units = units if fresh else min(units, ring * PAGE_TOKENS // unit)
-    if units and fresh:
-        skipped = 0 if ring is None else max(0, -(-units * unit // PAGE_TOKENS) - ring)
-        done = units * unit // PAGE_TOKENS - skipped
-        units -= skipped * PAGE_TOKENS // unit
-        begin = sinks + skipped * PAGE_TOKENS
-        body = [x[:, :, begin : begin + units * unit] for x in (k, v)]
-        find_smooth(view, spec, body, step.packed)
-        body += [] if step.weigh is None else [step.weigh(body[0], begin)]
-        if done > 0:
-            page, factors = view.table[:, skipped : skipped + done], smooth_factors(view, spec)
-            at = (begin + torch.arange(done, device=k.device) * PAGE_TOKENS).expand_as(page)
-            full = [x[:, :, : done * PAGE_TOKENS].unflatten(2, (done, -1)) for x in body]
-            runs, specs = [x.transpose(1, 2) for x in full], (spec.key, spec.value)
-            for run, pages, one, f in zip(runs[:2], view[:2], specs, factors, strict=True):
-                where = standing(one, at, runs[2:])
-                quantize_pack(pages, one, run, page, page * 0, None, f, *where)
-        body = [x[:, :, done * PAGE_TOKENS :] for x in body]
-        units -= done * PAGE_TOKENS // unit
+    t, unit, sinks, units = k.shape[2], spec.unit, spec.sink_length, step.units
+    if units and step.before is not None:
+        _pack_alike(view, spec, k, v, step, quantize_pack, ring)
     elif units:
+        start = view.packed
+        if ring is not None:
+            start = torch.maximum(start, (-(-step.packed // PAGE_TOKENS) - ring) * PAGE_TOKENS)
+            units = min(units, ring * PAGE_TOKENS // unit)
         body = _leaving(view, spec, k, v, step.position, start, units)
         find_smooth(view, spec, body, step.packed)
         body += [] if step.weigh is None else [step.weigh(body[0], sinks + start)]
-    if units:
         first = start[:, None]
-        if units > 1 or done:
-            first = first + torch.arange(units, device=k.device) * unit + done * PAGE_TOKENS
+        if units > 1:
+            first = first + torch.arange(units, device=k.device) * unit
         sources = [x.unflatten(2, (units, unit)) for x in body]
         pack_units(view, spec, sources, first, first < step.packed[:, None], quantize_pack)
-    if t > SLACK:
+    if t > SLACK and step.place is not None:
+        write_new(view, k, v, step)
+    elif t > SLACK:
         _enter(view, spec, k, v, step)
+
+
+def _pack_alike(
+    view: CacheView,
+    spec: KVSpec,
+    k: Tensor,
+    v: Tensor,
+    step: Step,
+    quantize_pack: Callable[..., None],
+    ring: int | None,
+) -> None:
+    """`store`'s packing where the host knows which tokens leave, the same of all rows.
+
+    Of many columns a page at a time, once the one that was begun is full: a unit at a time, a
+    prompt would be dozens of launches in every layer.
+    """
+    assert step.before is not None
+    t, unit, (length, start) = k.shape[2], spec.unit, step.before
+    end = start + step.units * unit
+    if ring is not None:
+        start = max(start, (page_count(end) - ring) * PAGE_TOKENS)
+    begin = spec.sink_length + start  # in the row
+    # Few columns lie in the ring already, many do not.
+    held = end - start if t <= SLACK else max(0, length - begin)
+    places = stretches(spec, [begin], held) or []
+    body = []
+    for x, exact in ((k, view.exact_key), (v, view.exact_value)):
+        parts = [exact.narrow(2, slot, count) for _, slot, count in places]
+        parts += [x[:, :, max(0, begin - length) :]] if t > SLACK else []
+        body.append(parts[0] if len(parts) == 1 else torch.cat(parts, 2))
+    find_smooth(view, spec, body, step.packed)
+    body += [] if step.weigh is None else [step.weigh(body[0][:, :, : end - start], begin)]
+    head = min(end, page_count(start) * PAGE_TOKENS) - start if t > SLACK else end - start
+    if head:
+        units = [x[:, :, :head].unflatten(2, (-1, unit)) for x in body]
+        first = torch.arange(start, start + head, unit, device=k.device).expand(k.shape[0], -1)
+        pack_units(view, spec, units, first, None, quantize_pack)
+    if start + head < end:
+        page = view.table[:, page_count(start) : page_count(end)]
+        rest = [x[:, :, head:] for x in body]
+        _pack_pages(view, spec, rest, begin + head, page, quantize_pack)
+
+
+def _pack_pages(
+    view: CacheView,
+    spec: KVSpec,
+    sources: Sequence[Tensor],
+    begin: int,
+    page: Tensor,
+    quantize_pack: Callable[..., None],
+) -> None:
+    """Quantize and pack tokens from the start of a page on, a page at a time.
+
+    What follows them fills the last page, exact tokens as well or nothing: it does not count, and
+    what will leave the window for its place overwrites it.
+
+    Args:
+        view: where to.
+        spec: how.
+        sources: keys and values `[B, Hkv, T, D]`, and their weights if there are any.
+        begin: their first token in its row.
+        page: `[B, n]`.
+        quantize_pack: the operator.
+    """
+    n, factors, specs = page.shape[1], smooth_factors(view, spec), (spec.key, spec.value)
+    whole = min(n, *(x.shape[2] // PAGE_TOKENS for x in sources))
+    for first, last in ((0, whole), (whole, n)):
+        if first == last:
+            continue
+        parts = [x[:, :, first * PAGE_TOKENS : last * PAGE_TOKENS] for x in sources]
+        if first == whole:  # one page
+            parts = [F.pad(x, (0, 0, 0, PAGE_TOKENS - x.shape[2])) for x in parts]
+        runs = [x.unflatten(2, (last - first, -1)).transpose(1, 2) for x in parts]
+        where = page[:, first:last]
+        start, told = torch.zeros_like(where), list[Tensor]()
+        if any(map(is_told, specs)):
+            number = torch.arange(first, last, device=page.device)
+            told = [(begin + number * PAGE_TOKENS).expand_as(where), *runs[2:]]
+        for run, pages, one, f in zip(runs[:2], view[:2], specs, factors, strict=True):
+            quantize_pack(pages, one, run, where, start, None, f, *(told if is_told(one) else ()))
 
 
 def _columns(new: Tensor, rank: Tensor) -> Tensor:

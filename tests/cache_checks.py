@@ -8,6 +8,7 @@ import torch
 from oracle_kivi import allowed_keys, array, attention
 
 from kivi import KVSpec, LayerCache, QuantSpec
+from kivi.packing import unpack
 
 KIVI = KVSpec(QuantSpec(2, "channel", 32), QuantSpec(2, "token", 32), 32, 3)
 SPECS = {
@@ -96,7 +97,7 @@ def addresses(layer: LayerCache) -> list[int]:
 
 
 def used_pages(layer: LayerCache) -> list[list[torch.Tensor]]:
-    """Words and metadata of the packed tokens of each row, in order, cut to what is packed."""
+    """Codes and metadata of the packed tokens of each row, in order, cut to what is packed."""
     rows = []
     for row, packed in enumerate(layer.packed_lengths()):
         parts = []
@@ -109,12 +110,10 @@ def used_pages(layer: LayerCache) -> list[list[torch.Tensor]]:
                 if tensor is None:
                     continue
                 x = tensor[index]
-                if tensor is pages.words and spec is not None:
-                    x = x.transpose(1, 2)  # whole tiles; a fresh page's other planes are 0
-                else:
-                    per_page = tensor.shape[2]
-                    x = x.transpose(0, 1).flatten(1, 2)[:, : packed * per_page // 512]
-                parts.append(x)
+                if tensor is pages.words and isinstance(spec, QuantSpec):
+                    x = unpack(x, spec.bits)
+                per_page = x.shape[2]
+                parts.append(x.transpose(0, 1).flatten(1, 2)[:, : packed * per_page // 512])
         rows.append(parts)
     return rows
 

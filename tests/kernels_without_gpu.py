@@ -112,7 +112,7 @@ def pack(
 ) -> None:
     """n runs of a unit in each row, as a prompt or a decode step passes them."""
     x = torch.empty(rows, 2, n * unit, 128, dtype=dtype).unflatten(2, (n, unit)).transpose(1, 2)
-    page = torch.zeros(rows, n, dtype=torch.int64)
+    page = torch.zeros(rows, 1 + n, dtype=torch.int64)[:, 1:]
     valid = torch.ones(unit, dtype=torch.bool) if masked else None
     pages = empty_pages(spec, 2, 2, 128, dtype)
     factors = torch.ones(rows, 2, 128) if smooth else None

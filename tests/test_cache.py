@@ -1,6 +1,7 @@
 """LayerCache: what it holds, that splits of tokens and rows do not matter, and its bytes."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -216,13 +217,36 @@ def test_padding_leaves_no_trace(spec):
             assert same_cache(padded, plain)
 
 
-def test_valid_everywhere_is_no_mask():
-    one, two = new(dtype=torch.float16), new(dtype=torch.float16)
-    for i, t in enumerate([100, 3, 64]):
+@every_spec
+@pytest.mark.parametrize("chunks", [[100, 3, 64], [33, 700, 1, 512, 31, 480], [1200, 40, 1100]])
+def test_valid_everywhere_is_no_mask(spec, chunks):
+    """The host knows which tokens leave, or it does not."""
+    one, two = (new(spec, d=32, dtype=torch.float16) for _ in range(2))
+    for i, t in enumerate(chunks):
         k, v = tokens(one, t, seed=i)
         one.append(k, v)
         two.append(k, v, torch.ones(2, t, dtype=torch.bool))
     assert same_cache(one, two)
+
+
+@every_spec
+@pytest.mark.parametrize("chunk", [700, 350])
+def test_exact_tokens_that_fill_a_page_do_not_count(spec, chunk):
+    spec = replace(spec, residual_length=50)
+    layer, twin = new(spec, d=32), new(spec, d=32)
+    k, v = tokens(layer, 700)
+    broken = [x.index_fill(2, torch.arange(660, 700), torch.nan) for x in (k, v)]
+    for start in range(0, 700, chunk):
+        layer.append(*(x[:, :, start : start + chunk] for x in broken))
+    layer.crop(40)
+    twin.append(k[:, :, :660], v[:, :, :660])
+    twin.append(k[:, :, 660:], v[:, :, 660:])
+    twin.crop(40)
+    assert same_cache(layer, twin)
+    q, (k, v) = randn(2, 2, 45, 32), tokens(layer, 45, seed=1)
+    for t in (1, 44):
+        part = [x[:, :, :t] for x in (q, k, v)]
+        assert same(layer.decode(*part), twin.decode(*part))
 
 
 @every_spec

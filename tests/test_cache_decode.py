@@ -9,6 +9,8 @@ from one_thread import one_thread  # noqa: F401
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kivi import KVQuantizer, KVSpec, QuantSpec
+from kivi.attention import Ops
+from kivi.steps import Steps
 from kivi.store import SLACK
 
 
@@ -164,3 +166,23 @@ def test_a_step_launches_little_besides_attention(sinks: int, launches: int) -> 
             layer.decode(k[:, :, :1], k[:, :, :1], k[:, :, :1])
         counts.append(mode.count)
     assert sum(n <= launches for n in counts) == 62  # a unit leaves on two of them
+
+
+def test_a_prompt_launches_little_besides_attention() -> None:
+    """Pages and not units: of a short prompt the GPU is done before the host is."""
+    shared, packs = Steps(), []
+    for most in ([60] * 3, [24, 40, 40]):  # the second layer finds the steps worked out
+        layer = KVQuantizer.get("kivi").new_layer(
+            batch_size=2, num_kv_heads=1, head_dim=32, dtype=torch.float32
+        )
+        layer.steps, counts = shared, []
+        layer._ops = Ops(
+            lambda *_: packs.append(1), lambda q, *_: (q, None), lambda q, *_: (q, None)
+        )
+        for t in (2048, 2048, 1000):
+            k = torch.zeros(2, 1, t, 32)
+            with Launches() as mode:
+                layer.decode(k, k, k)
+            counts.append(mode.count)
+        assert all(n <= bound for n, bound in zip(counts, most, strict=True)), counts
+    assert len(packs) == 2 * (2 + 10 + 12)  # the last prompt neither begins nor ends with a page

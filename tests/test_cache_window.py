@@ -26,14 +26,15 @@ def twins(spec: KVSpec, max_length: int | None) -> tuple[LayerCache, LayerCache]
     return new(spec, max_length=max_length, sliding_window=WINDOW), new(spec, max_length=max_length)
 
 
+@pytest.mark.parametrize("padding", [90, 0])
 @pytest.mark.parametrize(("spec", "max_length"), [(KIVI, None), (EIGHT_BIT, 3300)])
-def test_forgetting_changes_nothing(spec: KVSpec, max_length: int | None) -> None:
+def test_forgetting_changes_nothing(spec: KVSpec, max_length: int | None, padding: int) -> None:
     """Bit for bit, in steps that end anywhere in a page, one of them longer than all the pages."""
     layer, full = twins(spec, max_length)
     k, v = tokens(layer, 700)
-    padding = torch.arange(700) >= torch.tensor([[0], [90]])
+    valid = torch.arange(700) >= torch.tensor([[0], [padding]])
     for each in (layer, full):
-        each.prefill(k, v, padding)
+        each.prefill(k, v, valid if padding else None)
     for seed, t in enumerate((1, 33, 32, 480, 1, 31, 1200, 1, 700, 1)):
         mine = decode(layer, t, seed)
         assert same(mine, decode(full, t, seed, sliding_window=WINDOW))

@@ -41,6 +41,20 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor
     return scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v
 
 
+@pytest.mark.parametrize("max_length", [None, 3000])
+def test_no_prompt_waits_for_the_device(max_length: int | None) -> None:
+    """Else the GPU stands still in every layer until the host has launched what comes next."""
+    for mode in ("default", "error"):  # what is loaded and compiled once may wait
+        layer = new_layer(torch.bfloat16, max_length)
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            for t in (1100, 700, 1, 900):
+                layer.decode(*(tokens(heads, t, torch.bfloat16) for heads in (8, 2, 2)))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert layer.packed_lengths() == [2656, 2656]
+
+
 # Attention of the others leaves something out (`KVSpec.sparse`).
 READS_ALL = [n for n in KVQuantizer.available() if KVQuantizer.get(n).spec().sparse is None]
 

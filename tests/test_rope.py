@@ -104,7 +104,7 @@ def test_splits_and_compiled_steps_do_not_matter(scheme):
         parts.append(k[:, :, start:end], v[:, :, start:end])
     for a, b in zip(whole.dequantize(), parts.dequantize(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
-    assert whole._pages.pool.key.words.shape[-1] == whole.spec.key.unit_nbytes(16)
+    assert whole._pages.pool.pages()[0].words.shape[-1] == whole.spec.key.unit_nbytes(16)
     torch._dynamo.reset()
     step = torch.compile(lambda *qkv: parts.decode(*qkv), backend="eager", fullgraph=True)
     with torch.no_grad():

@@ -10,24 +10,27 @@ from one_thread import one_thread  # noqa: F401
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kivi import KVSpec, LayerCache, QuantSpec
-from kivi.steps import SLACK, Steps, common_slot, ring_slots, slots
+from kivi.steps import SLACK, Steps, ring_slots, slots, stretches
 
 
 @pytest.mark.parametrize(("sinks", "residual"), [(0, 0), (3, 32), (70, 5)])
-def test_the_common_slot_is_where_the_columns_go(sinks: int, residual: int) -> None:
+def test_stretches_are_where_the_columns_go(sinks: int, residual: int) -> None:
     spec = KVSpec(QuantSpec(2, "channel", 32), QuantSpec(2, "token", 32), residual, sinks)
-    found = 0
-    for length in range(3 * ring_slots(spec) + sinks):
-        for t in (1, 2, 5, SLACK):
+    ring, apart = ring_slots(spec), set()
+    for length in range(3 * ring + sinks):
+        for t in (1, 2, 5, SLACK, ring - 1, 2 * ring + 7):
             want = slots(spec, torch.arange(length, length + t)).tolist()
-            apart = want != list(range(want[0], want[0] + t))
-            # The last sink and the first slot of the ring lie side by side as well.
-            crossing = length < sinks < length + t
-            place = common_slot(spec, [length] * 3, t)
-            assert place == (None if apart or crossing else want[0])
-            assert common_slot(spec, [length, length, length + 1], t) is None
-            found += place is not None
-    assert found > 100
+            place = stretches(spec, [length] * 3, t)
+            assert place is not None
+            found = {c + i: slot + i for c, slot, count in place for i in range(count)}
+            assert len(found) == sum(count for _, _, count in place)
+            # Of columns with the same slot the last one stays; no sink is anyone else's.
+            assert found == {
+                column: slot for slot, column in {s: c for c, s in enumerate(want)}.items()
+            }
+            assert stretches(spec, [length, length, length + 1], t) is None
+            apart.add(len(place))
+    assert {1, 2} <= apart <= {1, 2, 3}
 
 
 def act(layer: LayerCache, action: str, seed: int) -> list[torch.Tensor]:

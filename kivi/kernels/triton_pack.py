@@ -18,8 +18,9 @@ PAGE = tl.constexpr(PAGE_TOKENS)
 ROWS = tl.constexpr(TILE_ROWS)
 
 
-# n changes with a prompt: a kernel would be compiled again for 1, and for multiples of 16.
-@triton.jit(do_not_specialize=["n"])
+# n changes with a prompt: a kernel would be compiled again for 1, and for multiples of 16. So would
+# it be where pages are those from an odd column of a table on.
+@triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=["page", "first"])
 def quantize_tiles(
     words,  # [pages, heads, BITS, 32, D] int16
     scale,  # channel: [pages, heads, 512 / G, D]; token: [pages, heads, 512, D / G]
@@ -156,7 +157,7 @@ def quantize_tiles(
         insert_thirds(halves + word * 2 + tile, packed, inside, plane, PUT)
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=["page", "first"])
 def copy_tokens(
     words,  # [pages, heads, 512, D], like x
     x,  # [runs / n, n, heads, U, D]

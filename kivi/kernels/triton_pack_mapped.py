@@ -248,7 +248,7 @@ def _span(
     return bad
 
 
-@triton.jit(do_not_specialize=["n", "nothing"])
+@triton.jit(do_not_specialize=["n", "nothing"], do_not_specialize_on_alignment=["page", "first"])
 def quantize_mapped(
     words,  # [pages, heads, BITS, 32, D] int16
     scale,  # [pages, heads, 512, D / G]
