@@ -89,7 +89,9 @@ def convert_layout(x: Tensor, layout: Any, assert_trivial: bool = False) -> Tens
     return y
 
 
-def mma_v2(a: Tensor, b: Tensor, acc: Tensor) -> Tensor:
+def mma_v2(a: Tensor, b: Tensor, acc: Tensor, input_precision: str | None = None) -> Tensor:
+    if input_precision == "tf32":  # what is behind 10 bits of the mantissa is not looked at
+        a, b = ((x.view(torch.int32) & -(2**13)).view(torch.float32) for x in (a, b))
     product = a.double() @ b.double()
     assert product.shape == acc.shape and a.dtype == b.dtype
     return acc + product.to(acc.dtype)

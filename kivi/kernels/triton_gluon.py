@@ -11,7 +11,12 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from kivi.kernels.triton_gluon_byte_steps import channel_numbers, own_query
+from kivi.kernels.triton_gluon_byte_steps import (
+    channel_numbers,
+    factors_to_rotate,
+    own_query,
+    query_to_rotate,
+)
 from kivi.kernels.triton_gluon_bytes import attend_packed_bytes
 from kivi.kernels.triton_gluon_exact import attend_exact
 from kivi.kernels.triton_gluon_half import attend_packed
@@ -33,10 +38,12 @@ from kivi.kernels.triton_gluon_steps import (
 )
 from kivi.kernels.triton_tile_gluon import FLAT, MMA, PLAIN, swizzled, view_as
 from kivi.kernels.triton_tile_heads import (
-    inverse_hadamard,
+    inverse_scale,
+    rotated,
     row_numbers,
     spread,
     spread_row,
+    sums_and_differences,
 )
 
 
@@ -139,6 +146,21 @@ def decode_kernel(
             row_table + gl.minimum(first + 1, hi - 1) // SPP, mask=first < hi, other=0
         )
         sub = first % SPP
+        q_at = ((b * Hkv + h) * rows).to(gl.int64) * D
+        if BYTES:
+            own_unit = scale * LOG2_E
+            # On their way while the page's number is
+            if MAPPED and K_BLOCK > 1:
+                own_q = query_to_rotate(q_ptr + q_at, block, rows, PLANES, D)
+            else:
+                own_q = own_query(q_ptr + q_at, block, rows, PLANES, D)
+        if K_SMOOTH or V_SMOOTH:
+            factors = smooth + (b * Hkv + h) * ((K_SMOOTH + V_SMOOTH) * D)
+        if K_SMOOTH:
+            if K_BLOCK > 1:
+                k_factor = factors_to_rotate(factors, D)
+            else:
+                k_factor = channel_numbers(factors, D)
         at_page = page * Hkv + h
         last = gl.minimum((n - first * STEP) // 32, NP) - 1
         if first < hi:
@@ -151,15 +173,6 @@ def decode_kernel(
                 fetch_key_groups(k_scale, k_zero, ks, kz, at_page, sub, last, KG, NP, D)
             async_copy.commit_group()
 
-        q_at = ((b * Hkv + h) * rows).to(gl.int64) * D
-        if BYTES:
-            own_q = own_query(q_ptr + q_at, block, rows, PLANES, D)
-            own_unit = scale * LOG2_E
-        if MAPPED:
-            if K_SMOOTH or V_SMOOTH:
-                factors = smooth + (b * Hkv + h) * ((K_SMOOTH + V_SMOOTH) * D)
-            if K_SMOOTH:
-                own_q = own_q * channel_numbers(factors, D)
         if LATE:
             # Registers are dear: nothing but exact slots meets the query in this form.
             q = own_q
@@ -170,6 +183,11 @@ def decode_kernel(
         my_q = block * (8 // APART) + r8 // APART
         real = (my_q < rows) & (r8 % APART == 0)
         seen_to = gl.load(query_position + b * T + my_q % T).to(gl.int32)
+        m = gl.full([8], NOTHING, gl.float32, layout=HEADS)
+        mass = gl.zeros([8], gl.float32, layout=HEADS)
+        values = ()
+        for _g in gl.static_range(NG):
+            values = values + (gl.zeros([VG, 8], gl.float32, layout=MMA),)
         if first < hi:
             # Later than the keys: these are wanted sooner, and all programs begin at once.
             fetch_values(v_words, vw, at_page, sub, VB, SPV, NG, VG)
@@ -184,32 +202,37 @@ def decode_kernel(
             else:
                 fetch_zeros(v_zero, vz, at_page, sub, last, NP, NG)
             async_copy.commit_group()
-        if MAPPED:
-            own_q = inverse_hadamard(own_q, D, K_BLOCK)
 
-        if BYTES:
-            m, mass, values = attend_packed_bytes(
-                q, own_q, own_unit, unit_score, k_words, v_words,
-                k_scale, k_zero, v_scale, v_zero, kw, ks, kz, vw, vs, vz, row_table, next_page,
-                Hkv, h, n, first, hi, softcap, D, KB, VB, KG, VG, K_ZERO, V_ZERO, NP,
-                MAPPED, CENTER, TOGETHER,
-            )  # fmt: skip
-            if MAPPED and first < hi:  # else there are no factors
-                x = inverse_hadamard(values[0], D, V_BLOCK)
-                if V_SMOOTH:
-                    x = x * row_numbers(v_factor, D)
-                values = (x,)
-            m, mass = spread_row(m, 0.0), spread_row(mass, 0.0)
-            apart = ()
-            for g in gl.static_range(NG):
-                apart = apart + (spread(values[g], gl.zeros_like(values[g]), VG),)
-            values = apart
-        else:
-            m, mass, values = attend_packed(
-                q, unit_score * LIFT, k_words, v_words, k_scale, k_zero, v_scale, v_zero,
-                kw, ks, kz, vw, vs, vz, row_table, next_page, Hkv, h, n, first, hi, softcap,
-                D, KB, VB, KG, VG, K_ZERO, V_ZERO, NP,
-            )  # fmt: skip
+            if BYTES:
+                query = own_q.to(gl.float32)
+                if K_SMOOTH:
+                    query = query * k_factor
+                if MAPPED and K_BLOCK > 1:
+                    query = rotated(query, D, K_BLOCK)
+                m8, mass8, sums = attend_packed_bytes(
+                    q, query, own_unit, unit_score, k_words, v_words,
+                    k_scale, k_zero, v_scale, v_zero, kw, ks, kz, vw, vs, vz, row_table, next_page,
+                    Hkv, h, n, first, hi, softcap, D, KB, VB, KG, VG, K_ZERO, V_ZERO, NP,
+                    MAPPED, CENTER, TOGETHER,
+                )  # fmt: skip
+                if MAPPED:
+                    x = sums_and_differences(sums[0], D, V_BLOCK)
+                    if V_SMOOTH:
+                        x = x * row_numbers(v_factor, D)
+                    sums = (x,)
+                    # The map's scale: in what sums are relative to
+                    m8 += inverse_scale(V_BLOCK)
+                    mass8 *= 2.0 ** -inverse_scale(V_BLOCK)
+                m, mass = spread_row(m8, 0.0), spread_row(mass8, 0.0)
+                values = ()
+                for g in gl.static_range(NG):
+                    values = values + (spread(sums[g], gl.zeros_like(sums[g]), VG),)
+            else:
+                m, mass, values = attend_packed(
+                    q, unit_score * LIFT, k_words, v_words, k_scale, k_zero, v_scale, v_zero,
+                    kw, ks, kz, vw, vs, vz, row_table, next_page, Hkv, h, n, first, hi, softcap,
+                    D, KB, VB, KG, VG, K_ZERO, V_ZERO, NP,
+                )  # fmt: skip
 
         # Exact slots
         tiles = (exact_tokens(tokens, n, sinks) + 31) // 32
@@ -241,7 +264,8 @@ def decode_kernel(
         else:
             slot_at = (program + b * heads + unit).to(gl.int64)
             for g in gl.static_range(NG):
-                gl.store(part + (slot_at * 8 + r8[None, :]) * D + g * VG + ch[:, None], values[g])
+                at_part = (slot_at * 8 + r8[None, :]) * D + g * VG + ch[:, None]
+                gl.store(part + at_part, values[g], mask=(r8 % APART == 0)[None, :])
             gl.store(part_ml + slot_at * 16 + r8, m)
             gl.store(part_ml + slot_at * 16 + 8 + r8, mass)
         at += count

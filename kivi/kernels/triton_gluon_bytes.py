@@ -21,7 +21,6 @@ from kivi.kernels.triton_gluon_byte_steps import (
     whole_query,
 )
 from kivi.kernels.triton_gluon_steps import (
-    NOTHING,
     cap,
     fetch_centers,
     fetch_key_groups,
@@ -319,4 +318,4 @@ def attend_packed_bytes(
             x += across(sum_of_rows(sums[1 + g]), VG)
         values = values + (sum_of_planes(x, PLANES),)
     mass = sum_of_planes(sum_of_rows(sums[0]), PLANES)
-    return shift + gl.where(first < hi, 0.0, NOTHING), mass, values
+    return shift, mass, values

@@ -154,7 +154,7 @@ def load_query(source, block, rows, LIFT: gl.constexpr, APART: gl.constexpr, D: 
     real = (r < rows) & (column % APART == 0)
     d = gl.arange(0, D, layout=gl.SliceLayout(1, OPERAND_B))
     q = gl.load(source + r[None, :] * D + d[:, None], mask=real[None, :], other=0.0)
-    power = gl.max(gl.max(gl.abs(q.to(gl.float32)), 1), 0)
+    power = gl.max(gl.max(gl.abs(q.to(gl.float32)), 0), 0)
     power = (power.to(gl.int32, bitcast=True) & 0x7F800000).to(gl.float32, bitcast=True)
     power = gl.maximum(power, 1e-30)
     return (q.to(gl.float32) * (LIFT / power)).to(q.dtype), power
