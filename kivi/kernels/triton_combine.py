@@ -33,7 +33,7 @@ def combine_kernel(
     n = tl.load(packed + row, mask=row < B, other=0).to(tl.int32)
     tokens = tl.load(length + row, mask=row < B, other=0).to(tl.int32)
     exact = tl.minimum(tokens, sinks) + tl.maximum(tokens - sinks - n, 0)
-    exact_steps = tl.maximum((exact + 63) // 64, 1)
+    exact_steps = tl.maximum((exact + 31) // 64, 1)
     steps = tl.where(row < B, ((n + STEP - 1) // STEP + exact_steps) * heads, 0)
     share = (tl.sum(steps, 0) + programs - 1) // programs
     own = tl.sum(tl.where(row == b, steps, 0), 0) // heads

@@ -84,7 +84,7 @@ def _resident(
 
 def _steps(pages: int, planes: int, slots: int) -> int:
     """Steps of a (row, head) whose pages are full, as the kernel counts them."""
-    return pages * (PAGE_TOKENS // (TILE_ROWS * planes)) + -(-slots // 64)
+    return pages * (PAGE_TOKENS // (TILE_ROWS * planes)) + max(1, (slots + 31) // 64)
 
 
 def _serves(

@@ -1,9 +1,9 @@
 """decode_attention on NVIDIA GPUs from sm_80 on, for the formats that matter: what makes it fast.
 
 One warp a program, as many programs as fit on the GPU at once, all with the same share of work. A
-program's share is a run of *steps* (up to 128 packed tokens each, or 64 slots of the exact window)
-in the list of all (row, kv head)s' steps, so ragged batches balance; a (row, head) that several
-programs work on is merged by `combine`.
+program's share is a run of *steps* (up to 128 packed tokens each, or 64 to 96 slots of the exact
+window) in the list of all (row, kv head)s' steps, so ragged batches balance; a (row, head) that
+several programs work on is merged by `combine`.
 """
 
 from triton.experimental import gluon
@@ -237,7 +237,7 @@ def decode_kernel(
         # Exact slots
         tiles = (exact_tokens(tokens, n, sinks) + 31) // 32
         tile0 = gl.maximum(first - steps, 0) * 2
-        tile1 = gl.minimum(gl.maximum(first + count - steps, 0) * 2, tiles)
+        tile1 = gl.where(first + count == own, tiles, gl.maximum(first + count - steps, 0) * 2)
         if tile0 < tile1:
             at_row = ((b * Hkv + h) * (slots + 1)).to(gl.int64) * D
             seen_to = gl.minimum(seen_to, tokens - 1)

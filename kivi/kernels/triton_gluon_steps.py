@@ -49,7 +49,8 @@ def units(packed, length, B, heads, sinks, STEP: gl.constexpr, ROWS: gl.constexp
     row = gl.arange(0, ROWS, layout=layout)
     n = gl.load(packed + row, mask=row < B, other=0).to(gl.int32)
     tokens = gl.load(length + row, mask=row < B, other=0).to(gl.int32)
-    exact_steps = gl.maximum((exact_tokens(tokens, n, sinks) + 63) // 64, 1)
+    # A tile that is left over goes with the last pair: a step more is a program more, or a round
+    exact_steps = gl.maximum((exact_tokens(tokens, n, sinks) + 31) // 64, 1)
     steps = gl.where(row < B, ((n + STEP - 1) // STEP + exact_steps) * heads, 0)
     return steps, gl.associative_scan(steps, 0, _add)
 

@@ -15,6 +15,7 @@ OPERAND_A = gl.constexpr(gl.DotOperandLayout(operand_index=0, parent=MMA.value, 
 OPERAND_B = gl.constexpr(gl.DotOperandLayout(operand_index=1, parent=MMA.value, k_width=2))
 PLAIN = gl.constexpr(gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[1, 0]))
 FLAT = gl.constexpr(gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[0]))
+LANES_OF_ROWS = gl.constexpr(gl.BlockedLayout([1], [32], [1], [0]))
 # Tokens by heads as operand B holds them, spelled out: what `transpose_blocks` ends in.
 TOKENS = gl.constexpr(
     gl.DistributedLinearLayout(
@@ -256,31 +257,26 @@ def copy_groups(target, source, rows: gl.constexpr, cols: gl.constexpr, last):
 
 
 @gluon.jit
-def copy_exact(
-    target,
-    source,
-    first,
-    start,
-    tokens,
-    packed,
-    ring,
-    sinks,
-    cols: gl.constexpr,
-    stride: gl.constexpr,
-):
-    """32 dense rows, the exact tokens from the first-th on, of which ring slot `start` is one.
+def exact_rows(first, tokens, packed, slots, sinks):
+    """The slots of 32 exact tokens from the first-th on, -1 past their end: a token a lane."""
+    i = first + gl.arange(0, 32, layout=LANES_OF_ROWS)
+    ring = slots - sinks
+    # Where the ring's part of the tile starts; in a tile of sinks before slot 0 of the ring.
+    start = packed + first - sinks
+    slot = gl.where(start < 0, start, start % ring) + (i - first)
+    slot = gl.where(i < sinks, i, sinks + gl.where(slot < ring, slot, slot - ring))
+    return gl.where(gl.where(i < sinks, i, packed + i) < tokens, slot, -1)
 
-    Rows that are not part of the sequence become 0, whatever they hold.
-    """
+
+@gluon.jit
+def copy_exact(target, source, slots, cols: gl.constexpr, stride: gl.constexpr):
+    """Dense rows from 32 slots. Rows that are not part of the sequence (-1) become 0."""
     layout: gl.constexpr = rows_layout(cols)
-    i = gl.arange(0, 32, layout=gl.SliceLayout(1, layout))
+    slots = gl.convert_layout(slots, gl.SliceLayout(1, layout))
     c = gl.arange(0, cols, layout=gl.SliceLayout(0, layout))
-    is_sink = first + i < sinks
-    slot = start + i
-    slot = gl.where(is_sink, first + i, sinks + gl.where(slot < ring, slot, slot - ring))
-    seen = gl.where(is_sink, first + i, packed + first + i) < tokens
     source = source.to(gl.pointer_type(gl.int16), bitcast=True)
-    start_copy(target, source + slot[:, None] * stride + c[None, :], mask=seen[:, None])
+    at = slots[:, None] * stride + c[None, :]
+    start_copy(target, source + at, mask=(slots >= 0)[:, None])
 
 
 @gluon.jit
