@@ -79,6 +79,7 @@ def _resident(
     else:
         metadata = 4 * tokens + 4 * d * (-(-tokens // mapped.center) if mapped.center else 1)
         metadata += 4 * d * mapped.smooth[1]
+    metadata += 4 * TILE_ROWS  # slots of exact rows
     return max(1, min(RESIDENT, shared // (4 * TILE_ROWS * d + metadata + 1024)))
 
 

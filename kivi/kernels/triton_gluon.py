@@ -47,7 +47,7 @@ from kivi.kernels.triton_tile_heads import (
 )
 
 
-@gluon.jit(do_not_specialize=["B", "Hkv", "blocks", "rows", "T", "pages", "slots", "sinks"])
+@gluon.jit(do_not_specialize=["B", "Hkv", "rows", "pages", "slots", "sinks"])
 def decode_kernel(
     q_ptr, kw, ks, kz, vw, vs, vz, table, packed, xk, xv, length, query_position,
     part, part_ml, out, lse, s_aux, smooth,
@@ -118,8 +118,8 @@ def decode_kernel(
     stop = gl.minimum(at + share, total)
     if SINGLE:
         b0 = program // heads
-        at = gl.sum(gl.where(row_index < b0, steps_of, 0), 0)
-        own = gl.sum(gl.where(row_index == b0, steps_of, 0), 0) // heads
+        at = gl.sum(gl.where(row_index < b0, steps_of, 0), 0) * heads
+        own = gl.sum(gl.where(row_index == b0, steps_of, 0), 0)
         at += (program % heads) * own
         stop = at + own
 
@@ -127,8 +127,8 @@ def decode_kernel(
     while at < stop:
         # Which (row, head, block of queries), and which of its steps
         b = gl.sum((ends <= at).to(gl.int32), 0)
-        before = gl.sum(gl.where(row_index < b, steps_of, 0), 0)
-        own = gl.sum(gl.where(row_index == b, steps_of, 0), 0) // heads
+        before = gl.sum(gl.where(row_index < b, steps_of, 0), 0) * heads
+        own = gl.sum(gl.where(row_index == b, steps_of, 0), 0)
         unit = (at - before) // own
         first = at - before - unit * own
         count = gl.minimum(stop - at, own - first)
@@ -182,13 +182,12 @@ def decode_kernel(
             unit_score = scale * (LOG2_E / LIFT) * power
         my_q = block * (8 // APART) + r8 // APART
         real = (my_q < rows) & (r8 % APART == 0)
-        seen_to = gl.load(query_position + b * T + my_q % T).to(gl.int32)
         m = gl.full([8], NOTHING, gl.float32, layout=HEADS)
         mass = gl.zeros([8], gl.float32, layout=HEADS)
         values = ()
         for _g in gl.static_range(NG):
             values = values + (gl.zeros([VG, 8], gl.float32, layout=MMA),)
-        if first < hi:
+        if first < steps:  # as above, in other words: else what follows would come before the keys
             # Later than the keys: these are wanted sooner, and all programs begin at once.
             fetch_values(v_words, vw, at_page, sub, VB, SPV, NG, VG)
             async_copy.commit_group()
@@ -240,6 +239,7 @@ def decode_kernel(
         tile1 = gl.where(first + count == own, tiles, gl.maximum(first + count - steps, 0) * 2)
         if tile0 < tile1:
             at_row = ((b * Hkv + h) * (slots + 1)).to(gl.int64) * D
+            seen_to = gl.load(query_position + b * T + my_q % T).to(gl.int32)
             seen_to = gl.minimum(seen_to, tokens - 1)
             if LATE:
                 q16, power = load_query(q_ptr + q_at, block, rows, LIFT, APART, D)

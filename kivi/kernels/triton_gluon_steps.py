@@ -44,15 +44,15 @@ def exact_tokens(tokens, packed, sinks):
 
 @gluon.jit
 def units(packed, length, B, heads, sinks, STEP: gl.constexpr, ROWS: gl.constexpr):
-    """Steps of all of each row's heads, and their running sum, `[ROWS]`."""
+    """Steps of each row's heads, and the running sum of those of all heads, `[ROWS]`."""
     layout: gl.constexpr = gl.BlockedLayout([max(1, ROWS // 32)], [32], [1], [0])
     row = gl.arange(0, ROWS, layout=layout)
     n = gl.load(packed + row, mask=row < B, other=0).to(gl.int32)
     tokens = gl.load(length + row, mask=row < B, other=0).to(gl.int32)
     # A tile that is left over goes with the last pair: a step more is a program more, or a round
     exact_steps = gl.maximum((exact_tokens(tokens, n, sinks) + 31) // 64, 1)
-    steps = gl.where(row < B, ((n + STEP - 1) // STEP + exact_steps) * heads, 0)
-    return steps, gl.associative_scan(steps, 0, _add)
+    steps = gl.where(row < B, (n + STEP - 1) // STEP + exact_steps, 0)
+    return steps, gl.associative_scan(steps * heads, 0, _add)
 
 
 @gluon.jit

@@ -99,6 +99,13 @@ def exchanged(x, lanes: gl.constexpr):
 
 
 @gluon.jit
+def here(x):
+    """The same int32 numbers. What is made of them is not made before a loop, to stay in registers."""
+    asm: gl.constexpr = "mov.u32 $0, $1;"
+    return gl.inline_asm_elementwise(asm, "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
 def across(x, rows: gl.constexpr):
     """`[8, 4]` to go with `[rows / 8, 8, 4]`."""
     to: gl.constexpr = gl.SliceLayout(0, rows_of_heads(rows))
@@ -267,7 +274,7 @@ def _butterflies(x, D: gl.constexpr, FIRST: gl.constexpr, BLOCK: gl.constexpr):
 def sums_and_differences(x, D: gl.constexpr, BLOCK: gl.constexpr):
     """`kivi.transforms.inverse_hadamard` over the rows of `[D / 8, 8, 4]`, not scaled."""
     layout: gl.constexpr = rows_of_heads(D)
-    g = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(2, layout)))
+    g = here(gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(2, layout))))
     for k in gl.static_range(3):
         if 2**k < BLOCK:
             sign = gl.where((g // 2**k) % 2 == 0, 1.0, -1.0)
@@ -297,7 +304,7 @@ def rotated(x, D: gl.constexpr, BLOCK: gl.constexpr):
     x = gl.convert_layout(x, SINGLE_B, assert_trivial=True)
     row = gl.arange(0, 16, layout=gl.SliceLayout(1, SINGLE_A))
     column = gl.arange(0, 16, layout=gl.SliceLayout(0, SINGLE_A))
-    both = row[:, None] & (column // 4 + column % 4 * 4)[None, :]
+    both = here(row[:, None] & (column // 4 + column % 4 * 4)[None, :])
     # The sign: whether a number of 4 bits has an odd count of ones
     bits = ((0x69960000 << both) & -2147483648) | ((127 + inverse_scale(BLOCK)) << 23)
     zero = gl.zeros([16, D // 4], gl.float32, layout=MMA)
