@@ -128,6 +128,10 @@ def tensors(function: Any) -> Any:
     return lambda *x: function(*map(torch.as_tensor, x))
 
 
+def assume(condition: Any) -> None:
+    assert condition
+
+
 def nothing(*_args: object, **_options: object) -> None:
     return None
 
@@ -157,6 +161,8 @@ def language() -> SimpleNamespace:
         where=lambda condition, x, y: torch.where(torch.as_tensor(condition), x, y),
         fma=fma,
         max=torch.amax,
+        assume=assume,
+        reduce=lambda x, axis, function: functools.reduce(function, x.unbind(axis)),
         sum=lambda x, axis: x.sum(axis, dtype=x.dtype),
         associative_scan=lambda x, axis, _add: x.cumsum(axis, dtype=x.dtype),
         join=lambda x, y: torch.stack([x, y], -1),

@@ -113,6 +113,7 @@ def decode_kernel(
     steps_of, ends = units(packed, length, B, heads, sinks, STEP, ROWS)
     row_index = gl.arange(0, ROWS, layout=ends.type.layout)
     total = gl.max(ends, 0)
+    gl.assume(total >= 0)
     share = (total + gl.num_programs(0) - 1) // gl.num_programs(0)
     at = program * share
     stop = gl.minimum(at + share, total)
@@ -129,12 +130,18 @@ def decode_kernel(
         b = gl.sum((ends <= at).to(gl.int32), 0)
         before = gl.sum(gl.where(row_index < b, steps_of, 0), 0) * heads
         own = gl.sum(gl.where(row_index == b, steps_of, 0), 0)
+        # Divisions of what may be negative take longer
+        gl.assume(own > 0)
+        gl.assume(at - before >= 0)
         unit = (at - before) // own
         first = at - before - unit * own
         count = gl.minimum(stop - at, own - first)
         h = unit // blocks
         block = unit % blocks
+        gl.assume(unit >= 0)
+        gl.assume(first >= 0)
         n = gl.load(packed + b).to(gl.int32)
+        gl.assume(n >= 0)
         tokens = gl.load(length + b).to(gl.int32)
         steps = (n + STEP - 1) // STEP
         hi = gl.minimum(first + count, steps)

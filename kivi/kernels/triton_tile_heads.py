@@ -246,9 +246,14 @@ def spread(x, other, rows: gl.constexpr):
 
 
 @gluon.jit
+def _either(a, b):
+    return a
+
+
+@gluon.jit
 def spread_row(x, other):
     """`[8, 4]` of equal rows as a row `[8]` of a result: heads, `other` between them."""
-    y = gl.max(gl.join(x, gl.full_like(x, other)).reshape([8, 8]), 0)
+    y = gl.reduce(gl.join(x, gl.full_like(x, other)).reshape([8, 8]), 0, _either)
     return gl.convert_layout(y, gl.SliceLayout(0, MMA), assert_trivial=True)
 
 
