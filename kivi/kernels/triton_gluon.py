@@ -34,6 +34,7 @@ from kivi.kernels.triton_gluon_steps import (
     join_aux,
     lift,
     load_query,
+    plain_query,
     units,
 )
 from kivi.kernels.triton_tile_gluon import FLAT, MMA, PLAIN, swizzled, view_as
@@ -242,15 +243,17 @@ def decode_kernel(
 
         # Exact slots
         tiles = (exact_tokens(tokens, n, sinks) + 31) // 32
-        tile0 = gl.maximum(first - steps, 0) * 2
-        tile1 = gl.where(first + count == own, tiles, gl.maximum(first + count - steps, 0) * 2)
+        # What is left over goes with the first step: the last may be followed by another unit's.
+        rest = tiles - (own - steps) * 2
+        tile0 = gl.where(first > steps, (first - steps) * 2 + rest, 0)
+        tile1 = gl.where(first + count > steps, (first + count - steps) * 2 + rest, 0)
         if tile0 < tile1:
             at_row = ((b * Hkv + h) * (slots + 1)).to(gl.int64) * D
             seen_to = gl.load(query_position + b * T + my_q % T).to(gl.int32)
             seen_to = gl.minimum(seen_to, tokens - 1)
             if LATE:
-                q16, power = load_query(q_ptr + q_at, block, rows, LIFT, APART, D)
-                unit_score16 = scale * (LOG2_E / LIFT) * power
+                q16 = plain_query(q_ptr + q_at, block, rows, APART, D)
+                unit_score16 = own_unit
             else:
                 q16, unit_score16 = q, unit_score
             m, mass, values = attend_exact(

@@ -34,7 +34,7 @@ def attend_exact(
         m: maximum of the scores so far, in log 2.
         mass: sum of probabilities so far.
         values: sums of values so far.
-        q: operand B `[D, 8]`; scores are its products times `unit_score [8]`.
+        q: operand B `[D, 8]`; scores are its products times `unit_score`, `[8]` or a number.
         unit_score: see q.
         seen_to: `[8]`, the last position that each query sees.
         k_words: shared memory of a tile of keys; `v_words` of values.
@@ -54,7 +54,10 @@ def attend_exact(
     dtype: gl.constexpr = q.dtype
     NG: gl.constexpr = D // VG
     t32 = gl.arange(0, 32, layout=gl.SliceLayout(1, MMA))
-    rows = exact_rows(tile0 * 32, tokens, packed, slots, sinks)
+    ring = slots - sinks
+    start = packed + tile0 * 32 - sinks
+    start = gl.where(start < 0, start, start % ring)
+    rows = exact_rows(tile0 * 32, start, tokens, packed, ring, sinks)
     _fetch(k_words, k_rows, rows, 1, D)
     async_copy.commit_group()
     _fetch(v_words, v_rows, rows, NG, VG)
@@ -64,7 +67,9 @@ def attend_exact(
         position = gl.where(index < sinks, index, packed + index)
         async_copy.wait_group(1)
         k_tile = k_words.index(0).load(OPERAND_A).to(dtype, bitcast=True)
-        rows = exact_rows(tile * 32 + 32, tokens, packed, slots, sinks)
+        start += 32
+        start = gl.where(start < ring, start, start - ring)
+        rows = exact_rows(tile * 32 + 32, start, tokens, packed, ring, sinks)
         if tile + 1 < tile1:
             _fetch(k_words, k_rows, rows, 1, D)
         async_copy.commit_group()

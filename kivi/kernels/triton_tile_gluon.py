@@ -257,13 +257,14 @@ def copy_groups(target, source, rows: gl.constexpr, cols: gl.constexpr, last):
 
 
 @gluon.jit
-def exact_rows(first, tokens, packed, slots, sinks):
-    """The slots of 32 exact tokens from the first-th on, -1 past their end: a token a lane."""
-    i = first + gl.arange(0, 32, layout=LANES_OF_ROWS)
-    ring = slots - sinks
-    # Where the ring's part of the tile starts; in a tile of sinks before slot 0 of the ring.
-    start = packed + first - sinks
-    slot = gl.where(start < 0, start, start % ring) + (i - first)
+def exact_rows(first, start, tokens, packed, ring, sinks):
+    """The slots of 32 exact tokens from the first-th on, -1 past their end: a token a lane.
+
+    `start`: the slot of the ring, or what would be it before slot 0, of the first one.
+    """
+    lane = gl.arange(0, 32, layout=LANES_OF_ROWS)
+    i = first + lane
+    slot = start + lane
     slot = gl.where(i < sinks, i, sinks + gl.where(slot < ring, slot, slot - ring))
     return gl.where(gl.where(i < sinks, i, packed + i) < tokens, slot, -1)
 
