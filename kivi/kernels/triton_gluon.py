@@ -37,11 +37,11 @@ from kivi.kernels.triton_gluon_steps import (
     plain_query,
     units,
 )
-from kivi.kernels.triton_tile_gluon import FLAT, MMA, PLAIN, swizzled, view_as
+from kivi.kernels.triton_tile_gluon import COLUMNS, FLAT, MMA, PLAIN, swizzled, view_as
 from kivi.kernels.triton_tile_heads import (
     inverse_scale,
     rotated,
-    row_numbers,
+    rows_of_heads,
     spread,
     spread_row,
     sums_and_differences,
@@ -96,7 +96,7 @@ def decode_kernel(
         k_zero = gl.allocate_shared_memory(dtype, [centers, D], FLAT)
         v_zero = gl.allocate_shared_memory(dtype, [centers, D], FLAT)
         if V_SMOOTH:
-            v_factor = gl.allocate_shared_memory(gl.float32, [D], FLAT)
+            v_factor = gl.allocate_shared_memory(gl.float32, [D // 8, 8], COLUMNS)
     else:
         k_scale = gl.allocate_shared_memory(dtype, [GROUPS, D], FLAT)
         k_zero = gl.allocate_shared_memory(dtype, [GROUPS, D], FLAT)
@@ -165,10 +165,7 @@ def decode_kernel(
         if K_SMOOTH or V_SMOOTH:
             factors = smooth + (b * Hkv + h) * ((K_SMOOTH + V_SMOOTH) * D)
         if K_SMOOTH:
-            if K_BLOCK > 1:
-                k_factor = factors_to_rotate(factors, D)
-            else:
-                k_factor = channel_numbers(factors, D)
+            k_factor = factors_to_rotate(factors, D) if K_BLOCK > 1 else channel_numbers(factors, D)
         at_page = page * Hkv + h
         last = gl.minimum((n - first * STEP) // 32, NP) - 1
         if first < hi:
@@ -225,7 +222,7 @@ def decode_kernel(
                 if MAPPED:
                     x = sums_and_differences(sums[0], D, V_BLOCK)
                     if V_SMOOTH:
-                        x = x * row_numbers(v_factor, D)
+                        x = x * v_factor.load(gl.SliceLayout(2, rows_of_heads(D)))[:, :, None]
                     sums = (x,)
                     # The map's scale: in what sums are relative to
                     m8 += inverse_scale(V_BLOCK)

@@ -176,6 +176,7 @@ def attend_packed_bytes(
     TOGETHER: fewer heads, each with a slot for every plane of a step.
 
     own_q: `[D / 8, 8, 4]`; scores are its products times q_unit, those of q times unit_score.
+    There is a step at least: first < hi.
     MAPPED: keys and values have a scale a token, and centers of CENTER tokens (0: none) in place of
     zeros; K_ZERO and V_ZERO are the codes that are 0. own_q is mapped, and so are the results.
 

@@ -138,9 +138,11 @@ def fetch_centers(
 
 @gluon.jit
 def fetch_channels(target, source, D: gl.constexpr):
-    """`[D]` float32."""
-    layout: gl.constexpr = gl.BlockedLayout([D // 32], [32], [1], [0])
-    start_copy(target, source + gl.arange(0, D, layout=layout))
+    """`[D]` float32 as `[D / 8, 8]`."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 1], [4, 8], [1, 1], [1, 0])
+    r = gl.arange(0, D // 8, layout=gl.SliceLayout(1, layout))
+    c = gl.arange(0, 8, layout=gl.SliceLayout(0, layout))
+    start_copy(target, source + r[:, None] * 8 + c[None, :])
 
 
 @gluon.jit

@@ -14,6 +14,7 @@ MMA = gl.constexpr(
 OPERAND_A = gl.constexpr(gl.DotOperandLayout(operand_index=0, parent=MMA.value, k_width=2))
 OPERAND_B = gl.constexpr(gl.DotOperandLayout(operand_index=1, parent=MMA.value, k_width=2))
 PLAIN = gl.constexpr(gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[1, 0]))
+COLUMNS = gl.constexpr(gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[0, 1]))
 FLAT = gl.constexpr(gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[0]))
 LANES_OF_ROWS = gl.constexpr(gl.BlockedLayout([1], [32], [1], [0]))
 # Tokens by heads as operand B holds them, spelled out: what `transpose_blocks` ends in.

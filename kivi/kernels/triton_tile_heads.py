@@ -100,7 +100,7 @@ def exchanged(x, lanes: gl.constexpr):
 
 @gluon.jit
 def here(x):
-    """The same int32 numbers. What is made of them is not made before a loop, to stay in registers."""
+    """The same int32 numbers. What is made of them is not made before a loop, to take registers."""
     asm: gl.constexpr = "mov.u32 $0, $1;"
     return gl.inline_asm_elementwise(asm, "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
 
@@ -309,9 +309,10 @@ def rotated(x, D: gl.constexpr, BLOCK: gl.constexpr):
     x = gl.convert_layout(x, SINGLE_B, assert_trivial=True)
     row = gl.arange(0, 16, layout=gl.SliceLayout(1, SINGLE_A))
     column = gl.arange(0, 16, layout=gl.SliceLayout(0, SINGLE_A))
-    both = here(row[:, None] & (column // 4 + column % 4 * 4)[None, :])
-    # The sign: whether a number of 4 bits has an odd count of ones
-    bits = ((0x69960000 << both) & -2147483648) | ((127 + inverse_scale(BLOCK)) << 23)
+    row, column = here(row), column // 4 + column % 4 * 4
+    bits = gl.full([16, 16], (127 + inverse_scale(BLOCK)) << 23, gl.int32, layout=SINGLE_A)
+    for k in gl.static_range(4):
+        bits ^= ((row << (31 - k))[:, None] & (column << (31 - k))[None, :]) & -2147483648
     zero = gl.zeros([16, D // 4], gl.float32, layout=MMA)
     y = mma_v2(bits.to(gl.float32, bitcast=True), x, zero, input_precision="tf32")
     y = gl.permute(y.reshape([2, 8, D // 32, 4, 2]), (2, 4, 0, 1, 3)).reshape([D // 8, 8, 4])
