@@ -89,7 +89,9 @@ def convert_layout(x: Tensor, layout: Any, assert_trivial: bool = False) -> Tens
     return y
 
 
-def mma_v2(a: Tensor, b: Tensor, acc: Tensor) -> Tensor:
+def mma_v2(a: Tensor, b: Tensor, acc: Tensor, input_precision: str | None = None) -> Tensor:
+    if input_precision == "tf32":  # what is behind 10 bits of the mantissa is not looked at
+        a, b = ((x.view(torch.int32) & -(2**13)).view(torch.float32) for x in (a, b))
     product = a.double() @ b.double()
     assert product.shape == acc.shape and a.dtype == b.dtype
     return acc + product.to(acc.dtype)
@@ -126,6 +128,10 @@ def tensors(function: Any) -> Any:
     return lambda *x: function(*map(torch.as_tensor, x))
 
 
+def assume(condition: Any) -> None:
+    assert condition
+
+
 def nothing(*_args: object, **_options: object) -> None:
     return None
 
@@ -155,6 +161,8 @@ def language() -> SimpleNamespace:
         where=lambda condition, x, y: torch.where(torch.as_tensor(condition), x, y),
         fma=fma,
         max=torch.amax,
+        assume=assume,
+        reduce=lambda x, axis, function: functools.reduce(function, x.unbind(axis)),
         sum=lambda x, axis: x.sum(axis, dtype=x.dtype),
         associative_scan=lambda x, axis, _add: x.cumsum(axis, dtype=x.dtype),
         join=lambda x, y: torch.stack([x, y], -1),

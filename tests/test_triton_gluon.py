@@ -255,9 +255,12 @@ def test_rows_of_heads(own: SimpleNamespace) -> None:
     for block in (1, 32, 128):
         y = torch.randn(128, 4)
         want = inverse_hadamard(y.mT, block).mT
-        torch.testing.assert_close(
-            own.inverse_hadamard(y.view(16, 8, 4), 128, block).view(128, 4), want
-        )
+        got = own.sums_and_differences(y.view(16, 8, 4), 128, block).view(128, 4)
+        torch.testing.assert_close(got * 2.0 ** own.inverse_scale(block), want)
+        if block > 1:
+            y = torch.randint(-2047, 2048, (4, 128)) * 2.0**14  # as much as TF32 takes
+            got = own.rotated(y, 128, block).view(128, 4)
+            assert torch.equal(got, inverse_hadamard(y, block).mT)
 
 
 @pytest.mark.parametrize("planes", [2, 4])

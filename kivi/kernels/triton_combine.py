@@ -7,7 +7,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 NOTHING = tl.constexpr(-1e30)
 
 
-@triton.jit(do_not_specialize=["B", "Hkv", "blocks", "rows", "T", "sinks", "programs"])
+@triton.jit(do_not_specialize=["B", "Hkv", "rows", "sinks", "programs"])
 def combine_kernel(
     part, part_ml, packed, length, out, lse, s_aux, B, Hkv, blocks, rows, T, sinks, programs,
     D: tl.constexpr, APART: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr,
@@ -33,14 +33,16 @@ def combine_kernel(
     n = tl.load(packed + row, mask=row < B, other=0).to(tl.int32)
     tokens = tl.load(length + row, mask=row < B, other=0).to(tl.int32)
     exact = tl.minimum(tokens, sinks) + tl.maximum(tokens - sinks - n, 0)
-    exact_steps = tl.maximum((exact + 63) // 64, 1)
-    steps = tl.where(row < B, ((n + STEP - 1) // STEP + exact_steps) * heads, 0)
-    share = (tl.sum(steps, 0) + programs - 1) // programs
-    own = tl.sum(tl.where(row == b, steps, 0), 0) // heads
-    first = tl.sum(tl.where(row < b, steps, 0), 0) + unit * own
+    exact_steps = tl.maximum((exact + 31) // 64, 1)
+    steps = tl.where(row < B, (n + STEP - 1) // STEP + exact_steps, 0)
+    share = (tl.sum(steps, 0) * heads + programs - 1) // programs
+    own = tl.sum(tl.where(row == b, steps, 0), 0)
+    first = tl.sum(tl.where(row < b, steps, 0), 0) * heads + unit * own
     p0 = first // share
     p1 = (first + own - 1) // share + 1
 
+    if p0 >= p1:  # which is never so: but now both are known before the wait, not after it
+        return
     if WAIT:
         # Launched before the other kernel ended: only now may its results be read.
         tl.extra.cuda.gdc_wait()

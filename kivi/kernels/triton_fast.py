@@ -79,12 +79,13 @@ def _resident(
     else:
         metadata = 4 * tokens + 4 * d * (-(-tokens // mapped.center) if mapped.center else 1)
         metadata += 4 * d * mapped.smooth[1]
+    metadata += 4 * TILE_ROWS  # slots of exact rows
     return max(1, min(RESIDENT, shared // (4 * TILE_ROWS * d + metadata + 1024)))
 
 
 def _steps(pages: int, planes: int, slots: int) -> int:
     """Steps of a (row, head) whose pages are full, as the kernel counts them."""
-    return pages * (PAGE_TOKENS // (TILE_ROWS * planes)) + -(-slots // 64)
+    return pages * (PAGE_TOKENS // (TILE_ROWS * planes)) + max(1, (slots + 31) // 64)
 
 
 def _serves(

@@ -1,9 +1,9 @@
 """decode_attention on NVIDIA GPUs from sm_80 on, for the formats that matter: what makes it fast.
 
 One warp a program, as many programs as fit on the GPU at once, all with the same share of work. A
-program's share is a run of *steps* (up to 128 packed tokens each, or 64 slots of the exact window)
-in the list of all (row, kv head)s' steps, so ragged batches balance; a (row, head) that several
-programs work on is merged by `combine`.
+program's share is a run of *steps* (up to 128 packed tokens each, or 64 to 96 slots of the exact
+window) in the list of all (row, kv head)s' steps, so ragged batches balance; a (row, head) that
+several programs work on is merged by `combine`.
 """
 
 from triton.experimental import gluon
@@ -11,7 +11,12 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from kivi.kernels.triton_gluon_byte_steps import channel_numbers, own_query
+from kivi.kernels.triton_gluon_byte_steps import (
+    channel_numbers,
+    factors_to_rotate,
+    own_query,
+    query_to_rotate,
+)
 from kivi.kernels.triton_gluon_bytes import attend_packed_bytes
 from kivi.kernels.triton_gluon_exact import attend_exact
 from kivi.kernels.triton_gluon_half import attend_packed
@@ -29,18 +34,21 @@ from kivi.kernels.triton_gluon_steps import (
     join_aux,
     lift,
     load_query,
+    plain_query,
     units,
 )
-from kivi.kernels.triton_tile_gluon import FLAT, MMA, PLAIN, swizzled, view_as
+from kivi.kernels.triton_tile_gluon import COLUMNS, FLAT, MMA, PLAIN, swizzled, view_as
 from kivi.kernels.triton_tile_heads import (
-    inverse_hadamard,
-    row_numbers,
+    inverse_scale,
+    rotated,
+    rows_of_heads,
     spread,
     spread_row,
+    sums_and_differences,
 )
 
 
-@gluon.jit(do_not_specialize=["B", "Hkv", "blocks", "rows", "T", "pages", "slots", "sinks"])
+@gluon.jit(do_not_specialize=["B", "Hkv", "rows", "pages", "slots", "sinks"])
 def decode_kernel(
     q_ptr, kw, ks, kz, vw, vs, vz, table, packed, xk, xv, length, query_position,
     part, part_ml, out, lse, s_aux, smooth,
@@ -88,7 +96,7 @@ def decode_kernel(
         k_zero = gl.allocate_shared_memory(dtype, [centers, D], FLAT)
         v_zero = gl.allocate_shared_memory(dtype, [centers, D], FLAT)
         if V_SMOOTH:
-            v_factor = gl.allocate_shared_memory(gl.float32, [D], FLAT)
+            v_factor = gl.allocate_shared_memory(gl.float32, [D // 8, 8], COLUMNS)
     else:
         k_scale = gl.allocate_shared_memory(dtype, [GROUPS, D], FLAT)
         k_zero = gl.allocate_shared_memory(dtype, [GROUPS, D], FLAT)
@@ -106,13 +114,14 @@ def decode_kernel(
     steps_of, ends = units(packed, length, B, heads, sinks, STEP, ROWS)
     row_index = gl.arange(0, ROWS, layout=ends.type.layout)
     total = gl.max(ends, 0)
+    gl.assume(total >= 0)
     share = (total + gl.num_programs(0) - 1) // gl.num_programs(0)
     at = program * share
     stop = gl.minimum(at + share, total)
     if SINGLE:
         b0 = program // heads
-        at = gl.sum(gl.where(row_index < b0, steps_of, 0), 0)
-        own = gl.sum(gl.where(row_index == b0, steps_of, 0), 0) // heads
+        at = gl.sum(gl.where(row_index < b0, steps_of, 0), 0) * heads
+        own = gl.sum(gl.where(row_index == b0, steps_of, 0), 0)
         at += (program % heads) * own
         stop = at + own
 
@@ -120,14 +129,20 @@ def decode_kernel(
     while at < stop:
         # Which (row, head, block of queries), and which of its steps
         b = gl.sum((ends <= at).to(gl.int32), 0)
-        before = gl.sum(gl.where(row_index < b, steps_of, 0), 0)
-        own = gl.sum(gl.where(row_index == b, steps_of, 0), 0) // heads
+        before = gl.sum(gl.where(row_index < b, steps_of, 0), 0) * heads
+        own = gl.sum(gl.where(row_index == b, steps_of, 0), 0)
+        # Divisions of what may be negative take longer
+        gl.assume(own > 0)
+        gl.assume(at - before >= 0)
         unit = (at - before) // own
         first = at - before - unit * own
         count = gl.minimum(stop - at, own - first)
         h = unit // blocks
         block = unit % blocks
+        gl.assume(unit >= 0)
+        gl.assume(first >= 0)
         n = gl.load(packed + b).to(gl.int32)
+        gl.assume(n >= 0)
         tokens = gl.load(length + b).to(gl.int32)
         steps = (n + STEP - 1) // STEP
         hi = gl.minimum(first + count, steps)
@@ -139,6 +154,18 @@ def decode_kernel(
             row_table + gl.minimum(first + 1, hi - 1) // SPP, mask=first < hi, other=0
         )
         sub = first % SPP
+        q_at = ((b * Hkv + h) * rows).to(gl.int64) * D
+        if BYTES:
+            own_unit = scale * LOG2_E
+            # On their way while the page's number is
+            if MAPPED and K_BLOCK > 1:
+                own_q = query_to_rotate(q_ptr + q_at, block, rows, PLANES, D)
+            else:
+                own_q = own_query(q_ptr + q_at, block, rows, PLANES, D)
+        if K_SMOOTH or V_SMOOTH:
+            factors = smooth + (b * Hkv + h) * ((K_SMOOTH + V_SMOOTH) * D)
+        if K_SMOOTH:
+            k_factor = factors_to_rotate(factors, D) if K_BLOCK > 1 else channel_numbers(factors, D)
         at_page = page * Hkv + h
         last = gl.minimum((n - first * STEP) // 32, NP) - 1
         if first < hi:
@@ -151,15 +178,6 @@ def decode_kernel(
                 fetch_key_groups(k_scale, k_zero, ks, kz, at_page, sub, last, KG, NP, D)
             async_copy.commit_group()
 
-        q_at = ((b * Hkv + h) * rows).to(gl.int64) * D
-        if BYTES:
-            own_q = own_query(q_ptr + q_at, block, rows, PLANES, D)
-            own_unit = scale * LOG2_E
-        if MAPPED:
-            if K_SMOOTH or V_SMOOTH:
-                factors = smooth + (b * Hkv + h) * ((K_SMOOTH + V_SMOOTH) * D)
-            if K_SMOOTH:
-                own_q = own_q * channel_numbers(factors, D)
         if LATE:
             # Registers are dear: nothing but exact slots meets the query in this form.
             q = own_q
@@ -169,8 +187,12 @@ def decode_kernel(
             unit_score = scale * (LOG2_E / LIFT) * power
         my_q = block * (8 // APART) + r8 // APART
         real = (my_q < rows) & (r8 % APART == 0)
-        seen_to = gl.load(query_position + b * T + my_q % T).to(gl.int32)
-        if first < hi:
+        m = gl.full([8], NOTHING, gl.float32, layout=HEADS)
+        mass = gl.zeros([8], gl.float32, layout=HEADS)
+        values = ()
+        for _g in gl.static_range(NG):
+            values = values + (gl.zeros([VG, 8], gl.float32, layout=MMA),)
+        if first < steps:  # as above, in other words: else what follows would come before the keys
             # Later than the keys: these are wanted sooner, and all programs begin at once.
             fetch_values(v_words, vw, at_page, sub, VB, SPV, NG, VG)
             async_copy.commit_group()
@@ -184,43 +206,51 @@ def decode_kernel(
             else:
                 fetch_zeros(v_zero, vz, at_page, sub, last, NP, NG)
             async_copy.commit_group()
-        if MAPPED:
-            own_q = inverse_hadamard(own_q, D, K_BLOCK)
 
-        if BYTES:
-            m, mass, values = attend_packed_bytes(
-                q, own_q, own_unit, unit_score, k_words, v_words,
-                k_scale, k_zero, v_scale, v_zero, kw, ks, kz, vw, vs, vz, row_table, next_page,
-                Hkv, h, n, first, hi, softcap, D, KB, VB, KG, VG, K_ZERO, V_ZERO, NP,
-                MAPPED, CENTER, TOGETHER,
-            )  # fmt: skip
-            if MAPPED and first < hi:  # else there are no factors
-                x = inverse_hadamard(values[0], D, V_BLOCK)
-                if V_SMOOTH:
-                    x = x * row_numbers(v_factor, D)
-                values = (x,)
-            m, mass = spread_row(m, 0.0), spread_row(mass, 0.0)
-            apart = ()
-            for g in gl.static_range(NG):
-                apart = apart + (spread(values[g], gl.zeros_like(values[g]), VG),)
-            values = apart
-        else:
-            m, mass, values = attend_packed(
-                q, unit_score * LIFT, k_words, v_words, k_scale, k_zero, v_scale, v_zero,
-                kw, ks, kz, vw, vs, vz, row_table, next_page, Hkv, h, n, first, hi, softcap,
-                D, KB, VB, KG, VG, K_ZERO, V_ZERO, NP,
-            )  # fmt: skip
+            if BYTES:
+                query = own_q.to(gl.float32)
+                if K_SMOOTH:
+                    query = query * k_factor
+                if MAPPED and K_BLOCK > 1:
+                    query = rotated(query, D, K_BLOCK)
+                m8, mass8, sums = attend_packed_bytes(
+                    q, query, own_unit, unit_score, k_words, v_words,
+                    k_scale, k_zero, v_scale, v_zero, kw, ks, kz, vw, vs, vz, row_table, next_page,
+                    Hkv, h, n, first, hi, softcap, D, KB, VB, KG, VG, K_ZERO, V_ZERO, NP,
+                    MAPPED, CENTER, TOGETHER,
+                )  # fmt: skip
+                if MAPPED:
+                    x = sums_and_differences(sums[0], D, V_BLOCK)
+                    if V_SMOOTH:
+                        x = x * v_factor.load(gl.SliceLayout(2, rows_of_heads(D)))[:, :, None]
+                    sums = (x,)
+                    # The map's scale: in what sums are relative to
+                    m8 += inverse_scale(V_BLOCK)
+                    mass8 *= 2.0 ** -inverse_scale(V_BLOCK)
+                m, mass = spread_row(m8, 0.0), spread_row(mass8, 0.0)
+                values = ()
+                for g in gl.static_range(NG):
+                    values = values + (spread(sums[g], gl.zeros_like(sums[g]), VG),)
+            else:
+                m, mass, values = attend_packed(
+                    q, unit_score * LIFT, k_words, v_words, k_scale, k_zero, v_scale, v_zero,
+                    kw, ks, kz, vw, vs, vz, row_table, next_page, Hkv, h, n, first, hi, softcap,
+                    D, KB, VB, KG, VG, K_ZERO, V_ZERO, NP,
+                )  # fmt: skip
 
         # Exact slots
         tiles = (exact_tokens(tokens, n, sinks) + 31) // 32
-        tile0 = gl.maximum(first - steps, 0) * 2
-        tile1 = gl.minimum(gl.maximum(first + count - steps, 0) * 2, tiles)
+        # What is left over goes with the first step: the last may be followed by another unit's.
+        rest = tiles - (own - steps) * 2
+        tile0 = gl.where(first > steps, (first - steps) * 2 + rest, 0)
+        tile1 = gl.where(first + count > steps, (first + count - steps) * 2 + rest, 0)
         if tile0 < tile1:
             at_row = ((b * Hkv + h) * (slots + 1)).to(gl.int64) * D
+            seen_to = gl.load(query_position + b * T + my_q % T).to(gl.int32)
             seen_to = gl.minimum(seen_to, tokens - 1)
             if LATE:
-                q16, power = load_query(q_ptr + q_at, block, rows, LIFT, APART, D)
-                unit_score16 = scale * (LOG2_E / LIFT) * power
+                q16 = plain_query(q_ptr + q_at, block, rows, APART, D)
+                unit_score16 = own_unit
             else:
                 q16, unit_score16 = q, unit_score
             m, mass, values = attend_exact(
@@ -241,7 +271,8 @@ def decode_kernel(
         else:
             slot_at = (program + b * heads + unit).to(gl.int64)
             for g in gl.static_range(NG):
-                gl.store(part + (slot_at * 8 + r8[None, :]) * D + g * VG + ch[:, None], values[g])
+                at_part = (slot_at * 8 + r8[None, :]) * D + g * VG + ch[:, None]
+                gl.store(part + at_part, values[g], mask=(r8 % APART == 0)[None, :])
             gl.store(part_ml + slot_at * 16 + r8, m)
             gl.store(part_ml + slot_at * 16 + 8 + r8, mass)
         at += count

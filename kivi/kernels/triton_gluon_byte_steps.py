@@ -22,6 +22,7 @@ from kivi.kernels.triton_tile_gluon import MMA, OPERAND_A
 from kivi.kernels.triton_tile_heads import (
     LANES,
     across,
+    channels_of_heads,
     fold_max,
     fold_sum,
     group_numbers,
@@ -46,6 +47,23 @@ def own_query(source, block, rows, PLANES: gl.constexpr, D: gl.constexpr):
     head = (block * (4 // PLANES) + h // PLANES)[None, None, :]
     d = r[:, None, None] * 8 + g[None, :, None]
     return gl.load(source + head * D + d, mask=head < rows, other=0.0).to(gl.float32)
+
+
+@gluon.jit
+def query_to_rotate(source, block, rows, PLANES: gl.constexpr, D: gl.constexpr):
+    """The queries of `own_query` as `[4, D]`, in their dtype."""
+    layout: gl.constexpr = channels_of_heads(D)
+    h = gl.arange(0, 4, layout=gl.SliceLayout(1, layout))
+    d = gl.arange(0, D, layout=gl.SliceLayout(0, layout))
+    head = (block * (4 // PLANES) + h // PLANES)[:, None]
+    return gl.load(source + head * D + d[None, :], mask=head < rows, other=0.0)
+
+
+@gluon.jit
+def factors_to_rotate(source, D: gl.constexpr):
+    """`[D]` float32 as `[1, D]`, to go with `query_to_rotate`."""
+    d = gl.arange(0, D, layout=gl.SliceLayout(0, channels_of_heads(D)))
+    return gl.load(source + d)[None, :]
 
 
 @gluon.jit

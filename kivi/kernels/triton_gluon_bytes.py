@@ -21,7 +21,6 @@ from kivi.kernels.triton_gluon_byte_steps import (
     whole_query,
 )
 from kivi.kernels.triton_gluon_steps import (
-    NOTHING,
     cap,
     fetch_centers,
     fetch_key_groups,
@@ -177,6 +176,7 @@ def attend_packed_bytes(
     TOGETHER: fewer heads, each with a slot for every plane of a step.
 
     own_q: `[D / 8, 8, 4]`; scores are its products times q_unit, those of q times unit_score.
+    There is a step at least: first < hi.
     MAPPED: keys and values have a scale a token, and centers of CENTER tokens (0: none) in place of
     zeros; K_ZERO and V_ZERO are the codes that are 0. own_q is mapped, and so are the results.
 
@@ -319,4 +319,4 @@ def attend_packed_bytes(
             x += across(sum_of_rows(sums[1 + g]), VG)
         values = values + (sum_of_planes(x, PLANES),)
     mass = sum_of_planes(sum_of_rows(sums[0]), PLANES)
-    return shift + gl.where(first < hi, 0.0, NOTHING), mass, values
+    return shift, mass, values

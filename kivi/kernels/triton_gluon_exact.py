@@ -5,30 +5,21 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from kivi.kernels.triton_gluon_steps import cap
-from kivi.kernels.triton_tile_gluon import MMA, OPERAND_A, OPERAND_B, copy_exact, transpose_blocks
+from kivi.kernels.triton_tile_gluon import (
+    MMA,
+    OPERAND_A,
+    OPERAND_B,
+    copy_exact,
+    exact_rows,
+    transpose_blocks,
+)
 
 
 @gluon.jit
-def _fetch(
-    target,
-    source,
-    first,
-    tokens,
-    packed,
-    slots,
-    sinks,
-    NG: gl.constexpr,
-    VG: gl.constexpr,
-):
-    """32 of a row's exact tokens, from the first-th on, as `[NG, 32, VG]`; 0 past their end."""
-    ring = slots - sinks
-    # Where the ring's part of the tile starts; in a tile of sinks before slot 0 of the ring.
-    start = packed + first - sinks
-    start = gl.where(start < 0, start, start % ring)
+def _fetch(target, source, rows, NG: gl.constexpr, VG: gl.constexpr):
+    """What lies in these 32 slots as `[NG, 32, VG]`."""
     for g in gl.static_range(NG):
-        copy_exact(
-            target.index(g), source + g * VG, first, start, tokens, packed, ring, sinks, VG, NG * VG
-        )
+        copy_exact(target.index(g), source + g * VG, rows, VG, NG * VG)
 
 
 @gluon.jit
@@ -43,7 +34,7 @@ def attend_exact(
         m: maximum of the scores so far, in log 2.
         mass: sum of probabilities so far.
         values: sums of values so far.
-        q: operand B `[D, 8]`; scores are its products times `unit_score [8]`.
+        q: operand B `[D, 8]`; scores are its products times `unit_score`, `[8]` or a number.
         unit_score: see q.
         seen_to: `[8]`, the last position that each query sees.
         k_words: shared memory of a tile of keys; `v_words` of values.
@@ -63,18 +54,24 @@ def attend_exact(
     dtype: gl.constexpr = q.dtype
     NG: gl.constexpr = D // VG
     t32 = gl.arange(0, 32, layout=gl.SliceLayout(1, MMA))
-    _fetch(k_words, k_rows, tile0 * 32, tokens, packed, slots, sinks, 1, D)
+    ring = slots - sinks
+    start = packed + tile0 * 32 - sinks
+    start = gl.where(start < 0, start, start % ring)
+    rows = exact_rows(tile0 * 32, start, tokens, packed, ring, sinks)
+    _fetch(k_words, k_rows, rows, 1, D)
     async_copy.commit_group()
-    _fetch(v_words, v_rows, tile0 * 32, tokens, packed, slots, sinks, NG, VG)
+    _fetch(v_words, v_rows, rows, NG, VG)
     async_copy.commit_group()
     for tile in range(tile0, tile1):
-        after = tile * 32 + 32
         index = tile * 32 + t32
         position = gl.where(index < sinks, index, packed + index)
         async_copy.wait_group(1)
         k_tile = k_words.index(0).load(OPERAND_A).to(dtype, bitcast=True)
+        start += 32
+        start = gl.where(start < ring, start, start - ring)
+        rows = exact_rows(tile * 32 + 32, start, tokens, packed, ring, sinks)
         if tile + 1 < tile1:
-            _fetch(k_words, k_rows, after, tokens, packed, slots, sinks, 1, D)
+            _fetch(k_words, k_rows, rows, 1, D)
         async_copy.commit_group()
         x = mma_v2(k_tile, q, gl.zeros([32, 8], gl.float32, layout=MMA))
         x = cap(x * unit_score, softcap)
@@ -92,7 +89,7 @@ def attend_exact(
             scaled = scaled + (mma_v2(v_tile, p, values[g] * alpha[None, :]),)
         values = scaled
         if tile + 1 < tile1:
-            _fetch(v_words, v_rows, after, tokens, packed, slots, sinks, NG, VG)
+            _fetch(v_words, v_rows, rows, NG, VG)
         async_copy.commit_group()
     async_copy.wait_group(0)
     return m, mass, values

@@ -44,14 +44,15 @@ def exact_tokens(tokens, packed, sinks):
 
 @gluon.jit
 def units(packed, length, B, heads, sinks, STEP: gl.constexpr, ROWS: gl.constexpr):
-    """Steps of all of each row's heads, and their running sum, `[ROWS]`."""
+    """Steps of each row's heads, and the running sum of those of all heads, `[ROWS]`."""
     layout: gl.constexpr = gl.BlockedLayout([max(1, ROWS // 32)], [32], [1], [0])
     row = gl.arange(0, ROWS, layout=layout)
     n = gl.load(packed + row, mask=row < B, other=0).to(gl.int32)
     tokens = gl.load(length + row, mask=row < B, other=0).to(gl.int32)
-    exact_steps = gl.maximum((exact_tokens(tokens, n, sinks) + 63) // 64, 1)
-    steps = gl.where(row < B, ((n + STEP - 1) // STEP + exact_steps) * heads, 0)
-    return steps, gl.associative_scan(steps, 0, _add)
+    # A tile that is left over goes with a pair: a step more is a program more, or a round
+    exact_steps = gl.maximum((exact_tokens(tokens, n, sinks) + 31) // 64, 1)
+    steps = gl.where(row < B, (n + STEP - 1) // STEP + exact_steps, 0)
+    return steps, gl.associative_scan(steps * heads, 0, _add)
 
 
 @gluon.jit
@@ -137,24 +138,31 @@ def fetch_centers(
 
 @gluon.jit
 def fetch_channels(target, source, D: gl.constexpr):
-    """`[D]` float32."""
-    layout: gl.constexpr = gl.BlockedLayout([D // 32], [32], [1], [0])
-    start_copy(target, source + gl.arange(0, D, layout=layout))
+    """`[D]` float32 as `[D / 8, 8]`."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 1], [4, 8], [1, 1], [1, 0])
+    r = gl.arange(0, D // 8, layout=gl.SliceLayout(1, layout))
+    c = gl.arange(0, 8, layout=gl.SliceLayout(0, layout))
+    start_copy(target, source + r[:, None] * 8 + c[None, :])
 
 
 @gluon.jit
-def load_query(source, block, rows, LIFT: gl.constexpr, APART: gl.constexpr, D: gl.constexpr):
-    """8 queries as operand B `[D, 8]`, times LIFT over a power of 2; and that power.
-
-    With APART = 2 they are 4, and 0 between them.
-    The largest power of 2 in them goes into the scores, so that q * scale stays in range.
-    """
+def plain_query(source, block, rows, APART: gl.constexpr, D: gl.constexpr):
+    """8 queries as operand B `[D, 8]`; with APART = 2 they are 4, and 0 between them."""
     column = gl.arange(0, 8, layout=gl.SliceLayout(0, OPERAND_B))
     r = block * (8 // APART) + column // APART
     real = (r < rows) & (column % APART == 0)
     d = gl.arange(0, D, layout=gl.SliceLayout(1, OPERAND_B))
-    q = gl.load(source + r[None, :] * D + d[:, None], mask=real[None, :], other=0.0)
-    power = gl.max(gl.max(gl.abs(q.to(gl.float32)), 1), 0)
+    return gl.load(source + r[None, :] * D + d[:, None], mask=real[None, :], other=0.0)
+
+
+@gluon.jit
+def load_query(source, block, rows, LIFT: gl.constexpr, APART: gl.constexpr, D: gl.constexpr):
+    """What `plain_query` says, times LIFT over a power of 2; and that power.
+
+    The largest power of 2 in them goes into the scores, so that q * scale stays in range.
+    """
+    q = plain_query(source, block, rows, APART, D)
+    power = gl.max(gl.max(gl.abs(q.to(gl.float32)), 0), 0)
     power = (power.to(gl.int32, bitcast=True) & 0x7F800000).to(gl.float32, bitcast=True)
     power = gl.maximum(power, 1e-30)
     return (q.to(gl.float32) * (LIFT / power)).to(q.dtype), power

@@ -14,7 +14,9 @@ MMA = gl.constexpr(
 OPERAND_A = gl.constexpr(gl.DotOperandLayout(operand_index=0, parent=MMA.value, k_width=2))
 OPERAND_B = gl.constexpr(gl.DotOperandLayout(operand_index=1, parent=MMA.value, k_width=2))
 PLAIN = gl.constexpr(gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[1, 0]))
+COLUMNS = gl.constexpr(gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[0, 1]))
 FLAT = gl.constexpr(gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[0]))
+LANES_OF_ROWS = gl.constexpr(gl.BlockedLayout([1], [32], [1], [0]))
 # Tokens by heads as operand B holds them, spelled out: what `transpose_blocks` ends in.
 TOKENS = gl.constexpr(
     gl.DistributedLinearLayout(
@@ -256,31 +258,27 @@ def copy_groups(target, source, rows: gl.constexpr, cols: gl.constexpr, last):
 
 
 @gluon.jit
-def copy_exact(
-    target,
-    source,
-    first,
-    start,
-    tokens,
-    packed,
-    ring,
-    sinks,
-    cols: gl.constexpr,
-    stride: gl.constexpr,
-):
-    """32 dense rows, the exact tokens from the first-th on, of which ring slot `start` is one.
+def exact_rows(first, start, tokens, packed, ring, sinks):
+    """The slots of 32 exact tokens from the first-th on, -1 past their end: a token a lane.
 
-    Rows that are not part of the sequence become 0, whatever they hold.
+    `start`: the slot of the ring, or what would be it before slot 0, of the first one.
     """
+    lane = gl.arange(0, 32, layout=LANES_OF_ROWS)
+    i = first + lane
+    slot = start + lane
+    slot = gl.where(i < sinks, i, sinks + gl.where(slot < ring, slot, slot - ring))
+    return gl.where(gl.where(i < sinks, i, packed + i) < tokens, slot, -1)
+
+
+@gluon.jit
+def copy_exact(target, source, slots, cols: gl.constexpr, stride: gl.constexpr):
+    """Dense rows from 32 slots. Rows that are not part of the sequence (-1) become 0."""
     layout: gl.constexpr = rows_layout(cols)
-    i = gl.arange(0, 32, layout=gl.SliceLayout(1, layout))
+    slots = gl.convert_layout(slots, gl.SliceLayout(1, layout))
     c = gl.arange(0, cols, layout=gl.SliceLayout(0, layout))
-    is_sink = first + i < sinks
-    slot = start + i
-    slot = gl.where(is_sink, first + i, sinks + gl.where(slot < ring, slot, slot - ring))
-    seen = gl.where(is_sink, first + i, packed + first + i) < tokens
     source = source.to(gl.pointer_type(gl.int16), bitcast=True)
-    start_copy(target, source + slot[:, None] * stride + c[None, :], mask=seen[:, None])
+    at = slots[:, None] * stride + c[None, :]
+    start_copy(target, source + at, mask=(slots >= 0)[:, None])
 
 
 @gluon.jit
