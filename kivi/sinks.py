@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kivi.kernels.reference import merge, partial_attention
 from kivi.spec import KVSpec
-from kivi.transforms import turn
+from kivi.transforms import keep_tables, turn
 from kivi.view import CacheView
 
 
@@ -60,6 +60,8 @@ def with_sinks(
         `[B, Hq, T, Dv]` like `out`.
     """
     sinks = spec.sink_length
+    if sinks and spec.rope is not None:  # also where no query turns yet: this may be a warm-up
+        keep_tables(spec.rope, q.device)
     if not sinks or lse is None or window is None or window != spec.window:
         return out
     index = torch.arange(sinks, device=q.device)

@@ -105,8 +105,14 @@ def _tables(rope: Rope, device: torch.device) -> tuple[Tensor, Tensor]:
     return torch.tensor(rope.frequency, device=device), torch.tensor(rope.partner, device=device)
 
 
-# A step, captured or not, copies nothing from the host.
+# A step, captured or not, copies nothing from the host: what captures one has them made before.
 _kept_tables = cache(_tables)
+
+
+def keep_tables(rope: Rope, device: torch.device) -> None:
+    """Make what `turn` takes from the host, for steps to come; nothing while compiling."""
+    if not torch.compiler.is_compiling():
+        _kept_tables(rope, device)
 
 
 def turn(x: Tensor, position: Tensor, rope: Rope, back: bool = False) -> Tensor:

@@ -38,6 +38,7 @@ def _constants(
     elif spec.grid == "unbiased":
         start = STEP[bits] if bits in STEP else COVER[bits] * 2 / top
     small = drops_small(spec, dtype)
+    tensor = tensor and small and lanes(d) == 4 and spec.block(d) >= 4 * VECTOR
     put = min(unit, WORD_BITS // widths(spec.bits)[0] * TILE_ROWS) // TILE_ROWS
     least = max(info.smallest_normal * info.eps, torch.finfo(torch.float32).smallest_normal)
     offset, of_dtype = zero_code(bits, spec.grid), (info.max, info.eps, least)
@@ -52,10 +53,10 @@ def _constants(
         "LANES": lanes(d),
         "VECTOR": VECTOR,
         "SMALL": small,
-        "TENSOR": tensor and small and lanes(d) == 4 and spec.block(d) >= 4 * VECTOR,
+        "TENSOR": tensor,
         "num_warps": min(16, lanes(d)),
         # Without a limit the compiler takes twice as many for fewer waits: half as many programs.
-        **({"maxnreg": 128} if fast else {}),
+        **({"maxnreg": 168 if tensor else 128} if fast else {}),
     }
 
 
