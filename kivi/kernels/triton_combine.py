@@ -7,7 +7,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 NOTHING = tl.constexpr(-1e30)
 
 
-@triton.jit(do_not_specialize=["B", "Hkv", "rows", "sinks", "programs"])
+@triton.jit(do_not_specialize=["B", "Hkv", "rows", "T", "sinks", "programs"])
 def combine_kernel(
     part, part_ml, packed, length, out, lse, s_aux, B, Hkv, blocks, rows, T, sinks, programs,
     D: tl.constexpr, APART: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr,

@@ -48,7 +48,7 @@ from kivi.kernels.triton_tile_heads import (
 )
 
 
-@gluon.jit(do_not_specialize=["B", "Hkv", "rows", "pages", "slots", "sinks"])
+@gluon.jit(do_not_specialize=["B", "Hkv", "rows", "T", "pages", "slots", "sinks"])
 def decode_kernel(
     q_ptr, kw, ks, kz, vw, vs, vz, table, packed, xk, xv, length, query_position,
     part, part_ml, out, lse, s_aux, smooth,
