@@ -32,6 +32,16 @@ def before_sinks(
     return query_position.clone(), mask  # it may be a view of a counter
 
 
+def _prepare(spec: KVSpec, device: torch.device) -> None:
+    """Make what a capture cannot, also where no query reaches out of the window in a warm-up."""
+    if torch.compiler.is_compiling():
+        return
+    if spec.rope is not None:
+        keep_tables(spec.rope, device)
+    if device.type == "cuda":
+        torch.cuda.current_blas_handle()
+
+
 def with_sinks(
     out: Tensor,
     lse: Tensor | None,
@@ -60,8 +70,8 @@ def with_sinks(
         `[B, Hq, T, Dv]` like `out`.
     """
     sinks = spec.sink_length
-    if sinks and spec.rope is not None:  # also where no query turns yet: this may be a warm-up
-        keep_tables(spec.rope, q.device)
+    if sinks and spec.window is not None:
+        _prepare(spec, q.device)
     if not sinks or lse is None or window is None or window != spec.window:
         return out
     index = torch.arange(sinks, device=q.device)
