@@ -191,19 +191,39 @@ def row_numbers(memory, rows: gl.constexpr):
 
 
 @gluon.jit
-def one_plane(memory, NG: gl.constexpr):
-    """Shared `[32, NG]` as `[4, 8, NG]`."""
-    return view_as(memory, memory.dtype, [4, 8, NG], PLAIN3).load(groups_of_rows(NG))
+def one_plane(memory, NG: gl.constexpr, first: gl.constexpr, n: gl.constexpr):
+    """Columns `first` to `first + n` of shared `[32, NG]` as `[4, 8, n]`."""
+    x = view_as(memory, memory.dtype, [4, 8, NG], PLAIN3)
+    if n < NG:
+        x = x.slice(first, n, dim=2)
+    return x.load(groups_of_rows(n))
 
 
 @gluon.jit
-def plane_numbers(memory, NP: gl.constexpr, NG: gl.constexpr):
-    """Shared `[NP, 32, NG]` as `[4, 8, 4, NG]`: in each slot its plane's."""
-    layout: gl.constexpr = planes_of_rows(NP, NG)
-    x = view_as(memory, memory.dtype, [NP, 4, 8, NG], PLAIN4).load(gl.SliceLayout(0, layout))
-    every = gl.zeros([4 // NP, NP, 4, 8, NG], memory.dtype, layout=layout)
+def plane_numbers(
+    memory, NP: gl.constexpr, NG: gl.constexpr, first: gl.constexpr, n: gl.constexpr
+):
+    """Columns of shared `[NP, 32, NG]` as `[4, 8, 4, n]`: in each slot its plane's."""
+    layout: gl.constexpr = planes_of_rows(NP, n)
+    x = view_as(memory, memory.dtype, [NP, 4, 8, NG], PLAIN4)
+    if n < NG:
+        x = x.slice(first, n, dim=3)
+    x = x.load(gl.SliceLayout(0, layout))
+    every = gl.zeros([4 // NP, NP, 4, 8, n], memory.dtype, layout=layout)
     x, _every = gl.broadcast(x[None, :, :, :, :], every)
-    return gl.permute(x, (2, 3, 0, 1, 4)).reshape([4, 8, 4, NG])
+    return gl.permute(x, (2, 3, 0, 1, 4)).reshape([4, 8, 4, n])
+
+
+@gluon.jit
+def pieces(x, D: gl.constexpr, n: gl.constexpr):
+    """`[D / 8, 8, 4]` as n (1 or 2) pieces of rows."""
+    if n == 1:
+        return (x,)
+    else:
+        a, b = gl.split(gl.permute(x.reshape([2, D // 16, 8, 4]), (1, 2, 3, 0)))
+        layout: gl.constexpr = rows_of_heads(D // 2)
+        a = gl.convert_layout(a, layout, assert_trivial=True)
+        return (a, gl.convert_layout(b, layout, assert_trivial=True))
 
 
 @gluon.jit
@@ -273,6 +293,21 @@ def _butterflies(x, D: gl.constexpr, FIRST: gl.constexpr, BLOCK: gl.constexpr):
             y = gl.permute(gl.join(low + high, low - high), (0, 4, 1, 2, 3)).reshape([D // 8, 8, 4])
             x = gl.convert_layout(y, rows_of_heads(D), assert_trivial=True)
     return x
+
+
+@gluon.jit
+def unmapped(x, D: gl.constexpr, BLOCK: gl.constexpr):
+    """`kivi.transforms.inverse_hadamard` over the rows of D channels in 1 or 2 pieces, not scaled.
+
+    A piece is `[n / 8, 8, 4]`.
+    """
+    n: gl.constexpr = D // len(x)
+    y = ()
+    for c in gl.static_range(len(x)):
+        y = y + (sums_and_differences(x[c], n, min(BLOCK, n)),)
+    if BLOCK > n:
+        y = (y[0] + y[1], y[0] - y[1])
+    return y
 
 
 @gluon.jit
