@@ -87,6 +87,19 @@ CASES: dict[str, dict[str, Any]] = {
         "ratio": 1, "groups": (128, 64), "dtype": BRAIN, "lengths": [860, 130, 1],
     },
     "two queries, 4 bits": {"ratio": 2, "bits": (4, 4), "groups": (64, 16), "softcap": 20.0},
+    "256 channels": {"d": 256, "sinks": 40, "lengths": [500, 41, 30, 1]},
+    "256 channels, 4 bits, groups of 128, bfloat16": {
+        "d": 256, "bits": (4, 4), "groups": (128, 128), "dtype": BRAIN, "softcap": 20.0, "ratio": 3,
+    },
+    "256 channels, a group of them, symmetric": {
+        "d": 256, "groups": (None, None), "grid": "symmetric", "aux": True, "lengths": [860, 3],
+    },
+    "256 channels, one query": {
+        "d": 256, "ratio": 1, "groups": (64, 32), "softcap": 30.0, "lengths": [600, 80],
+    },
+    "256 channels, two queries, 4 bits": {
+        "d": 256, "ratio": 2, "bits": (4, 4), "groups": (32, None), "lengths": [330, 80],
+    },
     # On 16-bit ones
     "eight queries": {"ratio": 8, "bytes": False, "sinks": 4},
     "many queries, bfloat16": {"ratio": 5, "t": 2, "bytes": False, "dtype": BRAIN, "aux": True},
@@ -99,8 +112,8 @@ CASES: dict[str, dict[str, Any]] = {
         "bits": (2, 4), "groups": (64, 64), "bytes": False, "grid": "least_squares", "aux": True,
     },
     "8 and 1 bits": {"bits": (8, 1), "groups": (128, 16), "bytes": False, "d": 128},
-    "256 channels": {
-        "groups": (32, 32), "bytes": False, "d": 256, "sinks": 40, "lengths": [500, 41, 30, 1],
+    "256 channels, eight queries": {
+        "ratio": 8, "bytes": False, "d": 256, "sinks": 40, "lengths": [300, 41, 30, 1],
     },
 }  # fmt: skip
 
@@ -252,14 +265,16 @@ def test_rows_of_heads(own: SimpleNamespace) -> None:
     up, down = own.to_largest(x.abs())
     assert torch.equal(up * down, torch.ones(8, 4)) and up.log2().frac().eq(0).all()
     assert ((x * up).abs() <= 32600).all() and ((x * up).abs() > 16299).all()
-    for block in (1, 32, 128):
-        y = torch.randn(128, 4)
+    for d, block in ((128, 1), (128, 32), (128, 128), (256, 64), (256, 256)):
+        y = torch.randn(d, 4)
         want = inverse_hadamard(y.mT, block).mT
-        got = own.sums_and_differences(y.view(16, 8, 4), 128, block).view(128, 4)
-        torch.testing.assert_close(got * 2.0 ** own.inverse_scale(block), want)
+        for n in range(1, d // 128 + 1):
+            parts = own.unmapped(own.pieces(y.view(-1, 8, 4), d, n), d, block)
+            got = torch.cat([x.reshape(-1, 4) for x in parts])
+            torch.testing.assert_close(got * 2.0 ** own.inverse_scale(block), want)
         if block > 1:
-            y = torch.randint(-2047, 2048, (4, 128)) * 2.0**14  # as much as TF32 takes
-            got = own.rotated(y, 128, block).view(128, 4)
+            y = torch.randint(-2047, 2048, (4, d)) * 2.0**14  # as much as TF32 takes
+            got = own.rotated(y, d, block).view(d, 4)
             assert torch.equal(got, inverse_hadamard(y, block).mT)
 
 

@@ -160,16 +160,17 @@ def whole_query(x, unit, D: gl.constexpr):
     for c in gl.static_range(1, len(x)):
         top = gl.maximum(top, fold_max(gl.abs(x[c])))
     up, down = to_largest(largest_row(top))
-    one = gl.full([16, D], 1, gl.int8, layout=BYTES_A)
     rounded = ()
     qs = ()
     for c in gl.static_range(len(x)):
         rounded = rounded + (x[c] * across(up, D),)
         qs = qs + (operand(rounded[c], D),)
+    one = gl.full([16, D], 1, gl.int8, layout=BYTES_A)
+    unit = down * unit
     total = fold_max(whole_product(one, qs[0], 16))
     for c in gl.static_range(1, len(x)):
         total += fold_max(whole_product(one, qs[c], 16))
-    return qs, down * unit, total, rounded
+    return qs, unit, total, rounded
 
 
 @gluon.jit

@@ -110,11 +110,12 @@ def _scores_by_token(
         if LAST and (i == 0 or (CENTER > 0 and (i * 32) % max(CENTER, 1) == 0)):
             bias = gl.zeros([8, 4], gl.float32, layout=LANES)
             if CENTER > 0:
-                bias = fold_sum(products(own_q[0], row_numbers(k_center[0].index(i * 32 // CENTER), D)))
+                x = products(own_q[0], row_numbers(k_center[0].index(i * 32 // CENTER), D))
+                total = fold_sum(x)
                 for c in gl.static_range(1, len(own_q)):
                     x = products(own_q[c], row_numbers(k_center[c].index(i * 32 // CENTER), D))
-                    bias += fold_sum(x)
-                bias = sum_of_rows(bias) * unit
+                    total += fold_sum(x)
+                bias = sum_of_rows(total) * unit
             if softcap is None:
                 bias -= shift
         x = whole_product(codes_of(codes, KB, i), qs, 32)
@@ -172,10 +173,10 @@ def _scores_by_token_together(
     bias = gl.zeros([8, 4], gl.float32, layout=LANES)
     if CENTER > 0:
         COUNT: gl.constexpr = (NP * 32 + CENTER - 1) // CENTER
-        bias = fold_sum(products(own_q[0], group_numbers(k_center[0], NP, COUNT, D)))
+        total = fold_sum(products(own_q[0], group_numbers(k_center[0], NP, COUNT, D)))
         for c in gl.static_range(1, len(own_q)):
-            bias += fold_sum(products(own_q[c], group_numbers(k_center[c], NP, COUNT, D)))
-        bias = sum_of_rows(bias) * unit
+            total += fold_sum(products(own_q[c], group_numbers(k_center[c], NP, COUNT, D)))
+        bias = sum_of_rows(total) * unit
     if softcap is None:
         bias -= shift
     top = gl.where(plane_of_slot(NP) == NP - 1, 128.0 / 2.0 ** (KB * (NP - 1)), 0.0)
