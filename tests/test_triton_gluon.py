@@ -289,9 +289,13 @@ def test_slots_of_planes(planes: int, own: SimpleNamespace) -> None:
         (own.sum_of_planes(x, planes), by_head.sum(-1, keepdim=True)),
     ):
         torch.testing.assert_close(got.view(by_head.shape), want.expand(by_head.shape))
-    numbers = torch.randn(planes, 32, 2).half()
-    got = own.plane_numbers(held(numbers), planes, 2)
-    assert torch.equal(got, numbers.view(planes, 4, 8, 2).permute(1, 2, 0, 3)[:, :, plane])
+    numbers = torch.randn(planes, 32, 4).half()
+    want = numbers.view(planes, 4, 8, 4).permute(1, 2, 0, 3)
+    for first, n in ((0, 4), (2, 2)):
+        got = own.plane_numbers(held(numbers), planes, 4, first, n)
+        assert torch.equal(got, want[:, :, plane, first : first + n])
+        got = own.one_plane(held(numbers[1]), 4, first, n)
+        assert torch.equal(got, want[:, :, 1, first : first + n])
     for groups in {1, 2, planes}:
         numbers = torch.randn(groups, 64).half()
         got = own.group_numbers(held(numbers), planes, groups, 64)

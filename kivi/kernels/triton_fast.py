@@ -167,10 +167,13 @@ def _plan(
     apart = (2 * planes if together else 2) if as_bytes else 1
     units = b * hkv * -(-rows * apart // 8)
     steps = _steps(columns, planes, slots)
-    if mapped is None and 2 * units * steps <= resident:
-        # A step each: the shorter the better
-        as_bytes, together, apart, planes = False, False, 1, min(2, 16 // max(bits))
-        units, steps = b * hkv * -(-rows // 8), _steps(columns, planes, slots)
+    if mapped is None:
+        few = min(2, 16 // max(bits))
+        others = min(resident, multiprocessors * _resident(shared, d, few, groups, False, None))
+        if 2 * units * steps <= others:
+            # A step each: the shorter the better
+            as_bytes, together, apart, planes, resident = False, False, 1, few, others
+            units, steps = b * hkv * -(-rows // 8), _steps(columns, planes, slots)
     blocks = units // (b * hkv)
     programs = min(resident, units * steps)
     # A program for each unit where sharing it would save nothing

@@ -38,15 +38,8 @@ from kivi.kernels.triton_gluon_steps import (
     units,
 )
 from kivi.kernels.triton_tile_gluon import COLUMNS, FLAT, MMA, PLAIN, swizzled, view_as
-from kivi.kernels.triton_tile_heads import (
-    inverse_scale,
-    pieces,
-    rotated,
-    rows_of_heads,
-    spread,
-    spread_row,
-    unmapped,
-)
+from kivi.kernels.triton_tile_heads import pieces, rows_of_heads, spread, spread_row
+from kivi.kernels.triton_tile_rotate import inverse_scale, rotated, unmapped
 
 
 @gluon.jit(do_not_specialize=["B", "Hkv", "rows", "T", "pages", "slots", "sinks"])
@@ -87,7 +80,7 @@ def decode_kernel(
     APART: gl.constexpr = 2 * PLANES if BYTES else 1  # columns a query
     if EARLY:
         gdc_launch_dependents()
-    # 256 channels a half at a time, keys and values in the same place: so more programs are resident
+    # Of 256 channels a half at a time, of keys and values in the same place: more programs fit
     PIECES: gl.constexpr = D // 128 if BYTES and D > 128 else 1
     WIDE: gl.constexpr = D // PIECES
     VW: gl.constexpr = min(VG, WIDE)

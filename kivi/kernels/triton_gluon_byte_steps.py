@@ -22,7 +22,6 @@ from kivi.kernels.triton_tile_gluon import MMA, OPERAND_A
 from kivi.kernels.triton_tile_heads import (
     LANES,
     across,
-    channels_of_heads,
     fold_max,
     fold_sum,
     group_numbers,
@@ -35,6 +34,7 @@ from kivi.kernels.triton_tile_heads import (
     sum_of_rows,
     to_largest,
 )
+from kivi.kernels.triton_tile_rotate import channels_of_heads
 
 
 @gluon.jit

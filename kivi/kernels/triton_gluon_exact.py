@@ -82,9 +82,8 @@ def attend_exact(
                 start += 32
                 start = gl.where(start < ring, start, start - ring)
                 rows = exact_rows(tile * 32 + 32, start, tokens, packed, ring, sinks)
-            if PIECES == 1:
-                if tile + 1 < tile1:
-                    _fetch(k_words[c], k_rows, rows, D)
+            if PIECES == 1 and tile + 1 < tile1:
+                _fetch(k_words[c], k_rows, rows, D)
             async_copy.commit_group()
             x = mma_v2(k_tile, q[c], x)
         x = cap(x * unit_score, softcap)

@@ -137,9 +137,7 @@ def attend_packed(
                 fetch_keys(k_words.index(0), kw, page1, sub1, KB, SPK, D)
             async_copy.commit_group()
             if more:
-                fetch_key_groups(
-                    (k_scale,), (k_zero,), ks, kz, page1, sub1, last1, KG, NP, D
-                )
+                fetch_key_groups((k_scale,), (k_zero,), ks, kz, page1, sub1, last1, KG, NP, D)
             async_copy.commit_group()
             # Probabilities
             async_copy.wait_group(2)

@@ -159,9 +159,7 @@ def fetch_channels(target, source, D: gl.constexpr):
 
 
 @gluon.jit
-def plain_query(
-    source, block, rows, APART: gl.constexpr, D: gl.constexpr, WIDE: gl.constexpr
-):
+def plain_query(source, block, rows, APART: gl.constexpr, D: gl.constexpr, WIDE: gl.constexpr):
     """8 queries as operands B `[WIDE, 8]`; with APART = 2 they are 4, and 0 between them."""
     column = gl.arange(0, 8, layout=gl.SliceLayout(0, OPERAND_B))
     r = block * (8 // APART) + column // APART
