@@ -85,12 +85,13 @@ CASES: dict[str, dict[str, Any]] = {
     "256 channels": {"d": 256, "sinks": 40, "lengths": [500, 41, 30, 1]},
     "256 channels, 4 bits, groups of 128, bfloat16": {
         "d": 256, "bits": (4, 4), "groups": (128, 128), "dtype": BRAIN, "softcap": 20.0, "ratio": 3,
+        "lengths": [860, 60],
     },
     "256 channels, a group of them, symmetric": {
         "d": 256, "groups": (None, None), "grid": "symmetric", "aux": True, "lengths": [860, 3],
     },
     "256 channels, one query": {
-        "d": 256, "ratio": 1, "groups": (64, 32), "softcap": 30.0, "lengths": [600, 80],
+        "d": 256, "ratio": 1, "groups": (64, 32), "softcap": 30.0, "lengths": [700, 80],
     },
     "256 channels, two queries, 4 bits": {
         "d": 256, "ratio": 2, "bits": (4, 4), "groups": (32, None), "lengths": [330, 80],
@@ -132,7 +133,7 @@ RUNS = [(case, gpu) for case in CASES for gpu in ("SHARED", "ALONE")]
 RUNS += [
     (case, "FIVE") for case in ("KIVI", "4 bits", "symmetric, 4 bits", "eight queries", "8 bits")
 ]
-RUNS += [(case, "MANY") for case in ("KIVI", "4 bits, bfloat16", "8 bits")]
+RUNS += [(case, "MANY") for case in ("KIVI", "4 bits, bfloat16", "8 bits", "256 channels")]
 
 
 @pytest.mark.parametrize(("name", "gpu"), RUNS)
