@@ -30,6 +30,7 @@ class Shared:
 
     def __init__(self, target: Tensor, state: Tensor) -> None:
         self.target, self.state, self.dtype = target, state, target.dtype
+        self.shape = target.shape
 
     def _part(self, function: Any) -> "Shared":
         return Shared(function(self.target), function(self.state))

@@ -127,6 +127,7 @@ def few_calls() -> None:
     other = KVSpec(Q(8, "token", 16, "symmetric"), Q(4, "channel", 64), 0)
     decode(other, d=48, dtype=torch.bfloat16, s_aux=torch.zeros(8))
     decode(KVSpec(PLUMB, PLUMB), d=128)
+    decode(KVSpec(PLUMB, PLUMB), d=256)
     rotated = Q(4, "token", None, "symmetric", transform="hadamard")
     decode(KVSpec(rotated, rotated), 1, 1, 3, d=64, dtype=torch.bfloat16, softcap=2.0)
     mixed = KVSpec(Q(4, "channel", 64), Q(2, "token", 64), 0)

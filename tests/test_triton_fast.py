@@ -180,6 +180,11 @@ CASES = [
     ((2, 2), (None, 16), 64, 1, 1, 0, [700] * 40, "least_squares", None, True),
     ((4, 4), (32, 32), 128, 2, 1, 0, [2100, 700], "asymmetric", None, False),
     ((4, 4), (64, 64), 64, 1, 2, 0, [2100, 60], "asymmetric", 20.0, True),
+    # 256 channels on 8-bit tensor cores: a half of them at a time
+    ((2, 2), (128, 128), 256, 3, 1, 0, [5000, 700, 130], "asymmetric", 20.0, False),
+    ((4, 4), (32, 32), 256, 4, 1, 4, [3000, 20, 1], "symmetric", None, True),
+    ((2, 2), (32, 32), 256, 1, 1, 0, [5000, 1300], "asymmetric", None, False),
+    ((4, 4), (64, None), 256, 2, 1, 0, [700] * 40, "least_squares", None, True),
 ]
 
 

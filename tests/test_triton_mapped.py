@@ -286,6 +286,15 @@ GLUON = {
     "not centered": (same(2, grid="symmetric", transform="hadamard"), {"softcap": 20.0}),
     "not rotated": (same(4, grid="midpoint", center=128, smooth="max"), {"d": 64}),
     "several tokens": (KVSpec(PLUMB, PLUMB, 32, 4), {"t": 3, "ratio": 4}),
+    "256 channels": (KVSpec(PLUMB, PLUMB, 32, 40), {"d": 256}),
+    "256 channels, one query, bfloat16": (
+        same(2, grid="unbiased", transform="hadamard_32", center=32, smooth="max"),
+        {"d": 256, "ratio": 1, "dtype": BRAIN},
+    ),
+    "256 channels, 4 bits": (
+        same(4, grid="symmetric", transform="hadamard"),
+        {"d": 256, "ratio": 3, "softcap": 20.0},
+    ),
 }
 
 

@@ -28,7 +28,7 @@ MAX_ROWS = 32
 # On 8-bit tensor cores, for 4 query heads times tokens a program: these widths of both keys and
 # values, and head dimensions.
 BYTE_WIDTHS = (2, 4)
-BYTE_HEAD_DIMS = (64, 128)
+BYTE_HEAD_DIMS = (64, 128, 256)
 BYTE_ROWS = 4
 
 
@@ -80,7 +80,8 @@ def _resident(
         metadata = 4 * tokens + 4 * d * (-(-tokens // mapped.center) if mapped.center else 1)
         metadata += 4 * d * mapped.smooth[1]
     metadata += 4 * TILE_ROWS  # slots of exact rows
-    return max(1, min(RESIDENT, shared // (4 * TILE_ROWS * d + metadata + 1024)))
+    words = 4 * TILE_ROWS * (min(d, 128) if as_bytes else d)
+    return max(1, min(RESIDENT, shared // (words + metadata + 1024)))
 
 
 def _steps(pages: int, planes: int, slots: int) -> int:
@@ -166,10 +167,13 @@ def _plan(
     apart = (2 * planes if together else 2) if as_bytes else 1
     units = b * hkv * -(-rows * apart // 8)
     steps = _steps(columns, planes, slots)
-    if mapped is None and 2 * units * steps <= resident:
-        # A step each: the shorter the better
-        as_bytes, together, apart, planes = False, False, 1, min(2, 16 // max(bits))
-        units, steps = b * hkv * -(-rows // 8), _steps(columns, planes, slots)
+    if mapped is None:
+        few = min(2, 16 // max(bits))
+        others = min(resident, multiprocessors * _resident(shared, d, few, groups, False, None))
+        if 2 * units * steps <= others:
+            # A step each: the shorter the better
+            as_bytes, together, apart, planes, resident = False, False, 1, few, others
+            units, steps = b * hkv * -(-rows // 8), _steps(columns, planes, slots)
     blocks = units // (b * hkv)
     programs = min(resident, units * steps)
     # A program for each unit where sharing it would save nothing

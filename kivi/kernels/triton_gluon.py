@@ -38,14 +38,8 @@ from kivi.kernels.triton_gluon_steps import (
     units,
 )
 from kivi.kernels.triton_tile_gluon import COLUMNS, FLAT, MMA, PLAIN, swizzled, view_as
-from kivi.kernels.triton_tile_heads import (
-    inverse_scale,
-    rotated,
-    rows_of_heads,
-    spread,
-    spread_row,
-    sums_and_differences,
-)
+from kivi.kernels.triton_tile_heads import pieces, rows_of_heads, spread, spread_row
+from kivi.kernels.triton_tile_rotate import inverse_scale, rotated, unmapped
 
 
 @gluon.jit(do_not_specialize=["B", "Hkv", "rows", "T", "pages", "slots", "sinks"])
@@ -86,20 +80,40 @@ def decode_kernel(
     APART: gl.constexpr = 2 * PLANES if BYTES else 1  # columns a query
     if EARLY:
         gdc_launch_dependents()
-    k_words = gl.allocate_shared_memory(gl.int16, [1, 32, D], swizzled(D))
-    v_words = gl.allocate_shared_memory(gl.int16, [NG, 32, VG], swizzled(VG))
+    # Of 256 channels a half at a time, of keys and values in the same place: more programs fit
+    PIECES: gl.constexpr = D // 128 if BYTES and D > 128 else 1
+    WIDE: gl.constexpr = D // PIECES
+    VW: gl.constexpr = min(VG, WIDE)
+    k_words = ()
+    v_words = ()
+    for _c in gl.static_range(PIECES):
+        k_words = k_words + (gl.allocate_shared_memory(gl.int16, [1, 32, WIDE], swizzled(WIDE)),)
+    of_values: gl.constexpr = [WIDE // VW, 32, VW]
+    for c in gl.static_range(PIECES):
+        if PIECES == 1:
+            v_words = (gl.allocate_shared_memory(gl.int16, of_values, swizzled(VW)),)
+        else:
+            v_words = v_words + (view_as(k_words[c], gl.int16, of_values, swizzled(VW)),)
     v_scale = gl.allocate_shared_memory(dtype, [NP, 32, NG], PLAIN)
     if MAPPED:
         # A scale a token; the centers lie where zeros would
         centers: gl.constexpr = (STEP + CENTER - 1) // CENTER if CENTER > 0 else 1
         k_scale = gl.allocate_shared_memory(dtype, [NP, 32], FLAT)
-        k_zero = gl.allocate_shared_memory(dtype, [centers, D], FLAT)
-        v_zero = gl.allocate_shared_memory(dtype, [centers, D], FLAT)
+        k_zero = ()
+        v_zero = ()
+        for _c in gl.static_range(PIECES):
+            k_zero = k_zero + (gl.allocate_shared_memory(dtype, [centers, WIDE], FLAT),)
+        for _c in gl.static_range(PIECES):
+            v_zero = v_zero + (gl.allocate_shared_memory(dtype, [centers, WIDE], FLAT),)
         if V_SMOOTH:
             v_factor = gl.allocate_shared_memory(gl.float32, [D // 8, 8], COLUMNS)
     else:
-        k_scale = gl.allocate_shared_memory(dtype, [GROUPS, D], FLAT)
-        k_zero = gl.allocate_shared_memory(dtype, [GROUPS, D], FLAT)
+        k_scale = ()
+        k_zero = ()
+        for _c in gl.static_range(PIECES):
+            k_scale = k_scale + (gl.allocate_shared_memory(dtype, [GROUPS, WIDE], FLAT),)
+        for _c in gl.static_range(PIECES):
+            k_zero = k_zero + (gl.allocate_shared_memory(dtype, [GROUPS, WIDE], FLAT),)
         if NG == 1:
             v_zero = gl.allocate_shared_memory(dtype, [NP, 32], FLAT)
         else:
@@ -169,8 +183,9 @@ def decode_kernel(
         at_page = page * Hkv + h
         last = gl.minimum((n - first * STEP) // 32, NP) - 1
         if first < hi:
-            fetch_keys(k_words.index(0), kw, at_page, sub, KB, SPK, D)
-            async_copy.commit_group()
+            fetch_keys(k_words[0].index(0), kw, at_page, sub, KB, SPK, D)
+            if PIECES == 1:
+                async_copy.commit_group()
             if MAPPED:
                 fetch_token_groups(k_scale, ks, at_page, sub, last, NP, 1)
                 fetch_centers(k_zero, kz, at_page, sub, last, CENTER, NP, D)
@@ -180,22 +195,25 @@ def decode_kernel(
 
         if LATE:
             # Registers are dear: nothing but exact slots meets the query in this form.
-            q = own_q
+            q = (own_q,) * PIECES
             unit_score = own_unit
         else:
-            q, power = load_query(q_ptr + q_at, block, rows, LIFT, APART, D)
+            q, power = load_query(q_ptr + q_at, block, rows, LIFT, APART, D, WIDE)
             unit_score = scale * (LOG2_E / LIFT) * power
         my_q = block * (8 // APART) + r8 // APART
         real = (my_q < rows) & (r8 % APART == 0)
         m = gl.full([8], NOTHING, gl.float32, layout=HEADS)
         mass = gl.zeros([8], gl.float32, layout=HEADS)
         values = ()
-        for _g in gl.static_range(NG):
-            values = values + (gl.zeros([VG, 8], gl.float32, layout=MMA),)
+        for _g in gl.static_range(D // VW):
+            values = values + (gl.zeros([VW, 8], gl.float32, layout=MMA),)
         if first < steps:  # as above, in other words: else what follows would come before the keys
             # Later than the keys: these are wanted sooner, and all programs begin at once.
-            fetch_values(v_words, vw, at_page, sub, VB, SPV, NG, VG)
-            async_copy.commit_group()
+            if PIECES == 1:
+                fetch_values(v_words[0], vw, at_page, sub, VB, SPV, D)
+                async_copy.commit_group()
+            for c in gl.static_range(1, PIECES):
+                fetch_keys(k_words[c].index(0), kw + c * WIDE, at_page, sub, KB, SPK, D)
             fetch_token_groups(v_scale, vs, at_page, sub, last, NP, NG)
             if MAPPED:
                 fetch_centers(v_zero, vz, at_page, sub, last, CENTER, NP, D)
@@ -214,26 +232,33 @@ def decode_kernel(
                 if MAPPED and K_BLOCK > 1:
                     query = rotated(query, D, K_BLOCK)
                 m8, mass8, sums = attend_packed_bytes(
-                    q, query, own_unit, unit_score, k_words, v_words,
-                    k_scale, k_zero, v_scale, v_zero, kw, ks, kz, vw, vs, vz, row_table, next_page,
-                    Hkv, h, n, first, hi, softcap, D, KB, VB, KG, VG, K_ZERO, V_ZERO, NP,
-                    MAPPED, CENTER, TOGETHER,
+                    q, pieces(query, D, PIECES), own_unit, unit_score, k_words, v_words,
+                    k_scale, k_zero, v_scale, v_zero, kw, ks, kz, vw, vs, vz, row_table, at_page,
+                    next_page, Hkv, h, n, first, hi, softcap, D, KB, VB, KG, VG, K_ZERO, V_ZERO,
+                    NP, MAPPED, CENTER, TOGETHER,
                 )  # fmt: skip
                 if MAPPED:
-                    x = sums_and_differences(sums[0], D, V_BLOCK)
+                    sums = unmapped(sums, D, V_BLOCK)
                     if V_SMOOTH:
-                        x = x * v_factor.load(gl.SliceLayout(2, rows_of_heads(D)))[:, :, None]
-                    sums = (x,)
+                        x = ()
+                        for c in gl.static_range(PIECES):
+                            factor = v_factor
+                            if PIECES > 1:
+                                factor = v_factor.slice(c * (WIDE // 8), WIDE // 8, dim=0)
+                            factor = factor.load(gl.SliceLayout(2, rows_of_heads(WIDE)))
+                            x = x + (sums[c] * factor[:, :, None],)
+                        sums = x
                     # The map's scale: in what sums are relative to
                     m8 += inverse_scale(V_BLOCK)
                     mass8 *= 2.0 ** -inverse_scale(V_BLOCK)
                 m, mass = spread_row(m8, 0.0), spread_row(mass8, 0.0)
                 values = ()
-                for g in gl.static_range(NG):
-                    values = values + (spread(sums[g], gl.zeros_like(sums[g]), VG),)
+                for g in gl.static_range(D // VW):
+                    values = values + (spread(sums[g], gl.zeros_like(sums[g]), VW),)
             else:
                 m, mass, values = attend_packed(
-                    q, unit_score * LIFT, k_words, v_words, k_scale, k_zero, v_scale, v_zero,
+                    q[0], unit_score * LIFT, k_words[0], v_words[0], k_scale[0], k_zero[0],
+                    v_scale, v_zero,
                     kw, ks, kz, vw, vs, vz, row_table, next_page, Hkv, h, n, first, hi, softcap,
                     D, KB, VB, KG, VG, K_ZERO, V_ZERO, NP,
                 )  # fmt: skip
@@ -249,29 +274,29 @@ def decode_kernel(
             seen_to = gl.load(query_position + b * T + my_q % T).to(gl.int32)
             seen_to = gl.minimum(seen_to, tokens - 1)
             if LATE:
-                q16 = plain_query(q_ptr + q_at, block, rows, APART, D)
+                q16 = plain_query(q_ptr + q_at, block, rows, APART, D, WIDE)
                 unit_score16 = own_unit
             else:
                 q16, unit_score16 = q, unit_score
             m, mass, values = attend_exact(
                 m, mass, values, q16, unit_score16, seen_to, k_words, v_words,
-                xk + at_row, xv + at_row, tile0, tile1, tokens, n, slots, sinks, softcap, D, VG,
+                xk + at_row, xv + at_row, tile0, tile1, tokens, n, slots, sinks, softcap, D,
             )  # fmt: skip
 
-        ch = gl.arange(0, VG, layout=gl.SliceLayout(1, MMA))
+        ch = gl.arange(0, VW, layout=gl.SliceLayout(1, MMA))
         if SINGLE:
             head = h * (rows // T) + my_q // T
             m, mass, weight = join_aux(m, mass, s_aux, head, real)
             o_at = q_at + my_q[None, :] * D + ch[:, None]
-            for g in gl.static_range(NG):
+            for g in gl.static_range(D // VW):
                 o = (values[g] * weight[None, :]).to(out.dtype.element_ty)
-                gl.store(out + o_at + g * VG, o, mask=real[None, :])
+                gl.store(out + o_at + g * VW, o, mask=real[None, :])
             total_lse = gl.where(mass > 0, (m + gl.log2(mass)) / LOG2_E, NOTHING)
             gl.store(lse + (b * Hkv + h) * rows + my_q, total_lse, mask=real)
         else:
             slot_at = (program + b * heads + unit).to(gl.int64)
-            for g in gl.static_range(NG):
-                at_part = (slot_at * 8 + r8[None, :]) * D + g * VG + ch[:, None]
+            for g in gl.static_range(D // VW):
+                at_part = (slot_at * 8 + r8[None, :]) * D + g * VW + ch[:, None]
                 gl.store(part + at_part, values[g], mask=(r8 % APART == 0)[None, :])
             gl.store(part_ml + slot_at * 16 + r8, m)
             gl.store(part_ml + slot_at * 16 + 8 + r8, mass)

@@ -22,7 +22,6 @@ from kivi.kernels.triton_tile_gluon import MMA, OPERAND_A
 from kivi.kernels.triton_tile_heads import (
     LANES,
     across,
-    channels_of_heads,
     fold_max,
     fold_sum,
     group_numbers,
@@ -35,6 +34,7 @@ from kivi.kernels.triton_tile_heads import (
     sum_of_rows,
     to_largest,
 )
+from kivi.kernels.triton_tile_rotate import channels_of_heads
 
 
 @gluon.jit
@@ -152,19 +152,32 @@ def all_planes(codes, qs, KB: gl.constexpr, NP: gl.constexpr):
 
 @gluon.jit
 def whole_query(x, unit, D: gl.constexpr):
-    """Queries as whole operand B; a score's unit and their sums, `[8, 4]`; and what was rounded."""
-    up, down = to_largest(largest_row(fold_max(gl.abs(x))))
-    x = x * across(up, D)
-    qs = operand(x, D)
+    """Queries as whole operands B; a score's unit and their sums, `[8, 4]`; and what was rounded.
+
+    All of pieces of D channels.
+    """
+    top = fold_max(gl.abs(x[0]))
+    for c in gl.static_range(1, len(x)):
+        top = gl.maximum(top, fold_max(gl.abs(x[c])))
+    up, down = to_largest(largest_row(top))
+    rounded = ()
+    qs = ()
+    for c in gl.static_range(len(x)):
+        rounded = rounded + (x[c] * across(up, D),)
+        qs = qs + (operand(rounded[c], D),)
     one = gl.full([16, D], 1, gl.int8, layout=BYTES_A)
-    return qs, down * unit, fold_max(whole_product(one, qs, 16)), x
+    unit = down * unit
+    total = fold_max(whole_product(one, qs[0], 16))
+    for c in gl.static_range(1, len(x)):
+        total += fold_max(whole_product(one, qs[c], 16))
+    return qs, unit, total, rounded
 
 
 @gluon.jit
 def add_centers(
     acc, p, centers, D: gl.constexpr, CENTER: gl.constexpr, NP: gl.constexpr, TOGETHER: gl.constexpr
 ):
-    """`acc` with the means of CENTER tokens each, times their probabilities."""
+    """`acc`, of D channels, with the means of CENTER tokens each, times their probabilities."""
     x = acc[0]
     if TOGETHER:
         count: gl.constexpr = (NP * 32 + CENTER - 1) // CENTER

@@ -137,7 +137,7 @@ def attend_packed(
                 fetch_keys(k_words.index(0), kw, page1, sub1, KB, SPK, D)
             async_copy.commit_group()
             if more:
-                fetch_key_groups(k_scale, k_zero, ks, kz, page1, sub1, last1, KG, NP, D)
+                fetch_key_groups((k_scale,), (k_zero,), ks, kz, page1, sub1, last1, KG, NP, D)
             async_copy.commit_group()
             # Probabilities
             async_copy.wait_group(2)
@@ -203,7 +203,7 @@ def attend_packed(
                     new_acc = new_acc + (a,)
             acc = new_acc
             if more & (step1 % SPV == 0):
-                fetch_values(v_words, vw, page1, sub1, VB, SPV, NG, VG)
+                fetch_values(v_words, vw, page1, sub1, VB, SPV, D)
             async_copy.commit_group()
             if more:
                 fetch_token_groups(v_scale, vs, page1, sub1, last1, NP, NG)

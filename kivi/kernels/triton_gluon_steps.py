@@ -57,9 +57,12 @@ def units(packed, length, B, heads, sinks, STEP: gl.constexpr, ROWS: gl.constexp
 
 @gluon.jit
 def fetch_keys(words, source, unit, sub, bits: gl.constexpr, SPT: gl.constexpr, D: gl.constexpr):
-    """The word tile of a step; SPT steps share a tile."""
+    """The word tile of a step, or as many of its channels as `words [32, n]` takes.
+
+    SPT steps share a tile.
+    """
     tile = unit * bits + sub // SPT
-    copy_rows(words, source + tile * (32 * D), 32, D, D)
+    copy_rows(words, source + tile * (32 * D), 32, words.shape[1], D)
 
 
 @gluon.jit
@@ -70,13 +73,14 @@ def fetch_values(
     sub,
     bits: gl.constexpr,
     SPT: gl.constexpr,
-    NG: gl.constexpr,
-    VG: gl.constexpr,
+    D: gl.constexpr,
 ):
-    """The word tile of a step as `[NG, 32, VG]`."""
+    """The word tile of a step, or as many of its channels as `words [n, 32, VG]` takes."""
     tile = unit * bits + sub // SPT
+    NG: gl.constexpr = words.shape[0]
+    VG: gl.constexpr = words.shape[2]
     for g in gl.static_range(NG):
-        copy_rows(words.index(g), source + tile * (32 * NG * VG) + g * VG, 32, VG, NG * VG)
+        copy_rows(words.index(g), source + tile * (32 * D) + g * VG, 32, VG, D)
 
 
 @gluon.jit
@@ -92,12 +96,19 @@ def fetch_key_groups(
     NP: gl.constexpr,
     D: gl.constexpr,
 ):
-    """Scales and zeros of a step's groups; in place of groups past the last its own are read."""
+    """Scales and zeros of a step's groups; in place of groups past the last its own are read.
+
+    `scales`, `zeros`: `[groups, n]` of as many channels each as words are fetched at a time.
+    """
     count: gl.constexpr = (NP * 32 + G - 1) // G
     first = (unit * (512 // G) + sub * (NP * 32) // G) * D
     last_group = last * 32 // G
-    copy_groups(view_as(scales, scales.dtype, [count, D], PLAIN), ks + first, count, D, last_group)
-    copy_groups(view_as(zeros, zeros.dtype, [count, D], PLAIN), kz + first, count, D, last_group)
+    n: gl.constexpr = D // len(scales)
+    for c in gl.static_range(len(scales)):
+        own = view_as(scales[c], scales[c].dtype, [count, n], PLAIN)
+        copy_groups(own, ks + first + c * n, count, n, D, last_group)
+        own = view_as(zeros[c], zeros[c].dtype, [count, n], PLAIN)
+        copy_groups(own, kz + first + c * n, count, n, D, last_group)
 
 
 @gluon.jit
@@ -105,7 +116,7 @@ def fetch_token_groups(target, source, unit, sub, last, NP: gl.constexpr, NG: gl
     """Scales, or zeros, of a step's tokens, `[NP, 32, NG]`."""
     first = (unit * 512 + sub * (NP * 32)) * NG
     flat = view_as(target, target.dtype, [NP, 32 * NG], PLAIN)
-    copy_groups(flat, source + first, NP, 32 * NG, last)
+    copy_groups(flat, source + first, NP, 32 * NG, 32 * NG, last)
 
 
 @gluon.jit
@@ -128,12 +139,14 @@ def fetch_centers(
     NP: gl.constexpr,
     D: gl.constexpr,
 ):
-    """Means of CENTER tokens each (0: there are none) of a step's tokens."""
+    """Means of CENTER tokens each (0: there are none) of a step's tokens; as `fetch_key_groups`."""
     if CENTER > 0:
         count: gl.constexpr = (NP * 32 + CENTER - 1) // CENTER
         first = (unit * (512 // CENTER) + sub * (NP * 32) // CENTER) * D
-        rows = view_as(target, target.dtype, [count, D], PLAIN)
-        copy_groups(rows, source + first, count, D, last * 32 // CENTER)
+        n: gl.constexpr = D // len(target)
+        for c in gl.static_range(len(target)):
+            rows = view_as(target[c], target[c].dtype, [count, n], PLAIN)
+            copy_groups(rows, source + first + c * n, count, n, D, last * 32 // CENTER)
 
 
 @gluon.jit
@@ -146,26 +159,38 @@ def fetch_channels(target, source, D: gl.constexpr):
 
 
 @gluon.jit
-def plain_query(source, block, rows, APART: gl.constexpr, D: gl.constexpr):
-    """8 queries as operand B `[D, 8]`; with APART = 2 they are 4, and 0 between them."""
+def plain_query(source, block, rows, APART: gl.constexpr, D: gl.constexpr, WIDE: gl.constexpr):
+    """8 queries as operands B `[WIDE, 8]`; with APART = 2 they are 4, and 0 between them."""
     column = gl.arange(0, 8, layout=gl.SliceLayout(0, OPERAND_B))
     r = block * (8 // APART) + column // APART
     real = (r < rows) & (column % APART == 0)
-    d = gl.arange(0, D, layout=gl.SliceLayout(1, OPERAND_B))
-    return gl.load(source + r[None, :] * D + d[:, None], mask=real[None, :], other=0.0)
+    d = gl.arange(0, WIDE, layout=gl.SliceLayout(1, OPERAND_B))
+    q = ()
+    for c in gl.static_range(D // WIDE):
+        at = source + c * WIDE + r[None, :] * D + d[:, None]
+        q = q + (gl.load(at, mask=real[None, :], other=0.0),)
+    return q
 
 
 @gluon.jit
-def load_query(source, block, rows, LIFT: gl.constexpr, APART: gl.constexpr, D: gl.constexpr):
+def load_query(
+    source, block, rows,
+    LIFT: gl.constexpr, APART: gl.constexpr, D: gl.constexpr, WIDE: gl.constexpr,
+):  # fmt: skip
     """What `plain_query` says, times LIFT over a power of 2; and that power.
 
     The largest power of 2 in them goes into the scores, so that q * scale stays in range.
     """
-    q = plain_query(source, block, rows, APART, D)
-    power = gl.max(gl.max(gl.abs(q.to(gl.float32)), 0), 0)
+    q = plain_query(source, block, rows, APART, D, WIDE)
+    power = gl.max(gl.max(gl.abs(q[0].to(gl.float32)), 0), 0)
+    for c in gl.static_range(1, len(q)):
+        power = gl.maximum(power, gl.max(gl.max(gl.abs(q[c].to(gl.float32)), 0), 0))
     power = (power.to(gl.int32, bitcast=True) & 0x7F800000).to(gl.float32, bitcast=True)
     power = gl.maximum(power, 1e-30)
-    return (q.to(gl.float32) * (LIFT / power)).to(q.dtype), power
+    lifted = ()
+    for c in gl.static_range(len(q)):
+        lifted = lifted + ((q[c].to(gl.float32) * (LIFT / power)).to(q[c].dtype),)
+    return lifted, power
 
 
 @gluon.jit

@@ -248,13 +248,13 @@ def copy_rows(target, source, rows: gl.constexpr, cols: gl.constexpr, stride):
 
 
 @gluon.jit
-def copy_groups(target, source, rows: gl.constexpr, cols: gl.constexpr, last):
+def copy_groups(target, source, rows: gl.constexpr, cols: gl.constexpr, stride, last):
     """Row r comes from row `min(r, last)`: nothing past the last valid one is read."""
     layout: gl.constexpr = rows_layout(cols)
     r = gl.arange(0, rows, layout=gl.SliceLayout(1, layout))
     c = gl.arange(0, cols, layout=gl.SliceLayout(0, layout))
     r = gl.minimum(r, last)
-    start_copy(target, source + r[:, None] * cols + c[None, :])
+    start_copy(target, source + r[:, None] * stride + c[None, :])
 
 
 @gluon.jit
