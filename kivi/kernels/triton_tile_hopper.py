@@ -28,13 +28,21 @@ def dense_rows(columns):
 
 
 @gluon.jit
-def values(words, scale, zero, plane: gl.constexpr, bits: gl.constexpr, offset: gl.constexpr):
+def values(
+    words,
+    scale,
+    zero,
+    plane: gl.constexpr,
+    bits: gl.constexpr,
+    offset: gl.constexpr,
+    centered: gl.constexpr,
+):
     """Codes of a plane of words (their first plane is 0) times scale plus zero."""
     direct: gl.constexpr = below_mantissa(bits, scale.dtype)
     if plane >= direct:
         words = move_down(words, plane // direct * direct * bits)
     return gl.inline_asm_elementwise(
-        value_asm(bits, plane % direct * bits, scale.dtype, offset),
+        value_asm(bits, plane % direct * bits, scale.dtype, offset, centered),
         "=r,r,r,r",
         [words, scale, zero],
         dtype=scale.dtype,
@@ -48,7 +56,7 @@ def put_packed(
     target,  # [128, D]
     words,  # of a page and head: [bits, 32, D]
     scale,  # of a page and head: [512 / G, D], or [512, D / G]
-    zero,  # likewise, read where offset is 0
+    zero,  # likewise, read where offset is 0; [512 / C, D], the centers, where there are any
     chunk,  # of 128 tokens, in the page
     last,  # the last plane that is written, in the page
     D: gl.constexpr,
@@ -56,6 +64,7 @@ def put_packed(
     G: gl.constexpr,
     channel: gl.constexpr,
     offset: gl.constexpr,
+    C: gl.constexpr,  # tokens that share a center; 0: none
 ):
     """Four planes of packed tokens; planes that are not written take the last one's scales."""
     wide: gl.constexpr = D if channel else G
@@ -83,14 +92,54 @@ def put_packed(
             s_at = (plane * 32 // G * D + c)[None, None, :]
         else:
             s_at = ((plane * 32 + r)[:, None] * (D // G) + g[None, :])[:, :, None]
-        scales = scales + (gl.load(scale + s_at),)
-        zeros = zeros + (gl.load((scale if offset > 0 else zero) + s_at),)
+        if channel and i * 32 % G != 0:  # planes of one group
+            s, z = scales[i - 1], zeros[i - 1]
+        else:
+            s = gl.load(scale + s_at)
+            z = s  # not looked at
+            if offset == 0:
+                z = gl.load(zero + s_at)
+        if C > 0:
+            if i * 32 % C != 0:
+                z = zeros[i - 1]
+            else:
+                z = gl.load(zero + (plane * 32 // C * D + c)[None, None, :])
+        scales = scales + (s,)
+        zeros = zeros + (z,)
     for i in gl.static_range(4):
         w = tiles[i // in_tile]
         s, _a = gl.broadcast(scales[i], w)
         z, _b = gl.broadcast(zeros[i], w)
-        x = values(w, s, z, i % in_tile, bits, offset)
+        x = values(w, s, z, i % in_tile, bits, offset, C > 0)
         target.slice(i * 32, 32).store(x.reshape([32, D]))
+
+
+@gluon.jit
+def put_map(
+    target,  # [D, D]
+    factors,  # [D], read where SMOOTH
+    D: gl.constexpr,
+    BLOCK: gl.constexpr,
+    SMOOTH: gl.constexpr,
+    rows: gl.constexpr,  # whether the factors are of rows, else of columns
+):
+    """The matrix of `transforms.inverse_hadamard`, its rows or columns times factors.
+
+    All are powers of two, of which 16 bits hold more than there are.
+    """
+    layout: gl.constexpr = dense_rows(D)
+    unit: gl.constexpr = 2.0 ** -(BLOCK.bit_length() // 2)
+    c = gl.arange(0, D, layout=gl.SliceLayout(0, layout))
+    for i in gl.static_range(D // 32):
+        r = i * 32 + gl.arange(0, 32, layout=gl.SliceLayout(1, layout))
+        common = r[:, None] & c[None, :] & (BLOCK - 1)
+        common ^= common >> 4
+        # Bit n is the parity of n.
+        x = gl.where((0x6996 >> (common & 15)) & 1 != 0, -unit, unit)
+        x = gl.where(r[:, None] // BLOCK == c[None, :] // BLOCK, x, 0.0)
+        if SMOOTH:
+            x *= gl.load(factors + r)[:, None] if rows else gl.load(factors + c)[None, :]
+        target.slice(i * 32, 32).store(x.to(target.dtype))
 
 
 @gluon.jit
