@@ -31,7 +31,7 @@ def extend_hopper(
     v,
     key_words,  # [pages, Hkv, KB, 32, D]
     key_scale,  # K_CHANNEL: [pages, Hkv, 512 / KG, D]; else [pages, Hkv, 512, D / KG]
-    key_zero,  # read where K_OFFSET is 0; the centers [pages, Hkv, 512 / K_C, D] where there are any
+    key_zero,  # as key_scale, read where K_OFFSET is 0; or the centers, [pages, Hkv, 512 / K_C, D]
     value_words,
     value_scale,  # [pages, Hkv, 512, D / VG]
     value_zero,

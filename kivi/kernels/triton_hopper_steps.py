@@ -241,7 +241,8 @@ def consume(
         gl.thread_barrier()
         mbarrier.arrive(values_free.index(k % STAGES), count=1)
         if VALUES_MAPPED:
-            if (i + 1 == many) | ((i + 1 == high) & (i < many)):  # the last tile of pages
+            last = (i + 1 == many) | ((i + 1 == high) & (i < many))  # of the pages
+            if last:
                 sums = map_back(sums, total, queries.index(2 + half), matrix, D)
 
     m = gl.convert_layout(m, gl.SliceLayout(1, SUMS), assert_trivial=True)
