@@ -81,6 +81,7 @@ MAPPED: dict[str, tuple[KVSpec, list[int], int, dict[str, Any]]] = {
     "splits": (SPECS["plumb"], [900, 1], 20, {"splits": 4}),
     "more splits than tiles": (SPECS["plumb"], [300], 20, {"splits": 9}),
     "window": (SPECS["plumb"], [900], 150, {"sliding_window": 300}),
+    "padding": (SPECS["plumb"], [300, 40], 40, {"padding": [3, 39]}),
 }
 
 
