@@ -261,6 +261,19 @@ def test_operator_is_registered_soundly(monkeypatch: pytest.MonkeyPatch) -> None
     )
 
 
+def test_operator_of_prompts_is_registered_soundly(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    op = torch.ops.kivi.mapped_extend
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.ops.kivi, "mapped_extend", lambda *a: calls.append(a) or op(*a))
+        check_extend(SPECS["plumb"], [200], 3)
+    torch.library.opcheck(
+        op.default,
+        calls[0],
+        test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
+    )
+
+
 def test_what_is_served_by_what() -> None:
     plumb = KVQuantizer.get("plumb").spec()
     assert supports(plumb.key, plumb.value, 128, 128, HALF) is None
