@@ -71,6 +71,13 @@ MAPPED: dict[str, tuple[KVSpec, list[int], int, dict[str, Any]]] = {
         {"softcap": 20.0, "s_aux": True},
     ),
     "8 bits, bfloat16": (same(8, grid="midpoint", center=64), [300], 20, {"dtype": BRAIN}),
+    "3 bits": (same(3, grid="unbiased", transform="hadamard", center=128), [700], 20, {}),
+    "3 bits, bfloat16": (
+        KVSpec(replace(PLUMB, bits=3), Q(3, "token", 32), 32, 4),
+        [700],
+        20,
+        {"dtype": BRAIN},
+    ),
     "keys rotated": (SPECS["keys rotated"], [300], 20, {}),
     "values smoothed": (
         KVSpec(Q(2, "token", 16), Q(1, "token", None, "symmetric", smooth="max"), 32, 0),
@@ -156,7 +163,8 @@ def test_what_it_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     assert serves(q, 64, key, value, 0.1)
     assert not serves(q, 128, key, value, 0.1)
     assert not serves(q.float(), 64, key, value, 0.1)
-    assert not serves(q, 64, (3, True, 32), value, 0.1)
+    assert serves(q, 64, (3, True, 32), (3, False, 32), 0.1)
+    assert not serves(q, 64, (0, False, 64), value, 0.1)
     assert not serves(q, 64, (2, True, 16), value, 0.1)
     assert serves(q, 64, (2, False, 32), value, 0.1)
     assert not serves(q, 64, (2, False, 20), value, 0.1)

@@ -337,6 +337,11 @@ HOPPER = {
         {"ratio": 1, "dtype": BRAIN},
     ),
     "4 bits": (same(4, grid="unbiased", transform="hadamard", center=64, smooth="outliers"), {}),
+    "3 and 1 bits": (KVSpec(replace(PLUMB, bits=3), replace(PLUMB, bits=1), 128, 4), {}),
+    "3 bits, bfloat16": (
+        KVSpec(replace(PLUMB, bits=3), QuantSpec(3, "token", 32)),
+        {"dtype": BRAIN},
+    ),
     "4 and 8 bits, bfloat16": (
         KVSpec(replace(PLUMB, bits=4), replace(PLUMB, bits=8, grid="midpoint"), 32, 4),
         {"dtype": BRAIN, "ratio": 7},

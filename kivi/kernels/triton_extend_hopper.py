@@ -15,7 +15,7 @@ from kivi.kernels.triton_tile_rows import LOG2E
 from kivi.spec import PAGE_TOKENS
 
 HEAD_DIMS = (64, 128)
-WIDTHS = (1, 2, 4, 8)
+WIDTHS = (1, 2, 3, 4, 8)
 GROUPS = (16, 32, 64, 128)
 """Channels of a token that share a scale."""
 # Query rows and tokens of a tile, as the kernel has them.

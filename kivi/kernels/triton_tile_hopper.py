@@ -27,9 +27,16 @@ def dense_rows(columns):
     return gl.BlockedLayout([1, 8], [256 // columns, columns // 8], [WARPS.value, 1], [1, 0])
 
 
+@gluon.constexpr_function
+def third_position(plane, dtype):
+    """The bit at which codes of 3 bits become numbers: theirs, or 0 where they would not fit."""
+    return 2 * plane if 2 * plane + 3 <= (10 if dtype == gl.float16 else 7) else 0
+
+
 @gluon.jit
 def values(
     words,
+    high,  # words with third bits
     scale,
     zero,
     plane: gl.constexpr,
@@ -38,17 +45,30 @@ def values(
     centered: gl.constexpr,
 ):
     """Codes of a plane of words (their first plane is 0) times scale plus zero."""
-    direct: gl.constexpr = below_mantissa(bits, scale.dtype)
-    if plane >= direct:
-        words = move_down(words, plane // direct * direct * bits)
-    return gl.inline_asm_elementwise(
-        value_asm(bits, plane % direct * bits, scale.dtype, offset, centered),
-        "=r,r,r,r",
-        [words, scale, zero],
-        dtype=scale.dtype,
-        is_pure=True,
-        pack=2,
-    )
+    if bits == 3:
+        position: gl.constexpr = third_position(plane, scale.dtype)
+        if position < 2 * plane:
+            words = move_down(words, 2 * plane)
+        return gl.inline_asm_elementwise(
+            value_asm(bits, position, scale.dtype, offset, centered, position + 2 - plane),
+            "=r,r,r,r,r",
+            [words, scale, zero, high],
+            dtype=scale.dtype,
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        direct: gl.constexpr = below_mantissa(bits, scale.dtype)
+        if plane >= direct:
+            words = move_down(words, plane // direct * direct * bits)
+        return gl.inline_asm_elementwise(
+            value_asm(bits, plane % direct * bits, scale.dtype, offset, centered),
+            "=r,r,r,r",
+            [words, scale, zero],
+            dtype=scale.dtype,
+            is_pure=True,
+            pack=2,
+        )
 
 
 @gluon.jit
@@ -69,7 +89,8 @@ def put_packed(
     """Four planes of packed tokens; planes that are not written take the last one's scales."""
     wide: gl.constexpr = D if channel else G
     layout: gl.constexpr = grouped(D, wide)
-    held: gl.constexpr = 16 // bits
+    width: gl.constexpr = 2 if bits == 3 else bits
+    held: gl.constexpr = 16 // width
     in_tile: gl.constexpr = min(4, held)
     r = gl.arange(0, 32, layout=gl.SliceLayout(1, gl.SliceLayout(2, layout)))
     g = gl.arange(0, D // wide, layout=gl.SliceLayout(0, gl.SliceLayout(2, layout)))
@@ -82,8 +103,11 @@ def put_packed(
         first = chunk * 4 + tile * in_tile
         w = gl.load(words + first // held * (32 * D) + at)
         if in_tile < held:
-            w = move_down(w, first % held * bits)
+            w = move_down(w, first % held * width)
         tiles = tiles + (w,)
+    high = tiles[0]  # not looked at
+    if bits == 3:
+        high = move_down(gl.load(words + 64 * D + at), chunk * 4)
     scales = ()
     zeros = ()
     for i in gl.static_range(4):
@@ -110,7 +134,7 @@ def put_packed(
         w = tiles[i // in_tile]
         s, _a = gl.broadcast(scales[i], w)
         z, _b = gl.broadcast(zeros[i], w)
-        x = values(w, s, z, i % in_tile, bits, offset, C > 0)
+        x = values(w, high, s, z, i % in_tile, bits, offset, C > 0)
         target.slice(i * 32, 32).store(x.reshape([32, D]))
 
 
