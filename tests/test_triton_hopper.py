@@ -119,8 +119,8 @@ def test_mapped(
     options = {"d": 64} | options
     if options.pop("s_aux", False):
         options["s_aux"] = randn(4, seed=3)
-    monkeypatch.setattr(triton_extend_portable, "division", lambda *_: options.get("splits", 1))
-    options = {name: x for name, x in options.items() if name != "splits"}
+    splits = options.pop("splits", 1)
+    monkeypatch.setattr(triton_extend_portable, "division", lambda *_: splits)
     check_extend(spec, lengths, t, **options)
     assert len(launched) == 1
 
