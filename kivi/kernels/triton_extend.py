@@ -11,6 +11,7 @@ from torch import Tensor
 from kivi.grids import symmetric_offset
 from kivi.kernels import triton_extend_hopper as hopper
 from kivi.kernels import triton_extend_portable as portable
+from kivi.kernels import triton_fast
 from kivi.kernels.triton_extend_mapped import mapped_extend
 from kivi.kernels.triton_formats import flat, is_plain
 from kivi.kernels.triton_portable import INTERPRETED
@@ -62,15 +63,17 @@ def _extend_attention(
         assert key_words is not None and value_words is not None
         assert key_scale is not None and value_scale is not None and length is not None
         assert packed is not None and exact_key is not None and exact_value is not None
-        mapped = hopper.Mapped(zero=(symmetric_offset(key_bits), symmetric_offset(value_bits)))
+        zero = symmetric_offset(key_bits), symmetric_offset(value_bits)
+        mapped = triton_fast.Mapped(0, (1, 1), (False, False), zero)
         return hopper.extend(
             q,
             k,
             v,
-            (key_words, key_scale, key_zero),
-            (value_words, value_scale, value_zero),
+            (key_words, key_scale, key_zero, None),
+            (value_words, value_scale, value_zero, None),
             (table, packed, exact_key, exact_value, length, query_position),
             valid,
+            None,
             s_aux,
             (key, value),
             mapped,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kivi.kernels import triton_extend_portable as portable
+from kivi.kernels import triton_fast
 from kivi.kernels.triton_formats import Formats
 from kivi.kernels.triton_hopper import extend_hopper
 from kivi.kernels.triton_tile_rows import LOG2E
@@ -44,21 +45,6 @@ def _is_hopper(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device)[0] == 9
 
 
-class Mapped(NamedTuple):
-    """How packed keys and values were mapped, and what their pages have beside codes and scales.
-
-    The codes that stand for 0 where no zeros are stored; centers `[pages, Hkv, 512 / C, D]`;
-    channels that were rotated together (1: none); what channels were divided by, `[B, Hkv, n]`
-    float32, and whether keys and values were.
-    """
-
-    zero: tuple[float, float]
-    centers: tuple[Tensor | None, Tensor | None] = (None, None)
-    block: tuple[int, int] = (1, 1)
-    smooth: Tensor | None = None
-    smoothed: tuple[bool, bool] = (False, False)
-
-
 def serves(
     q: Tensor,
     value_head_dim: int,
@@ -86,13 +72,14 @@ def extend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    key: tuple[Tensor, Tensor, Tensor | None],
-    value: tuple[Tensor, Tensor, Tensor | None],
+    key: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+    value: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
     state: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor],
     valid: Tensor | None,
+    smooth: Tensor | None,
     s_aux: Tensor | None,
     formats: Formats,
-    mapped: Mapped,
+    mapped: triton_fast.Mapped,
     sinks: int,
     scale: float,
     sliding_window: int | None,
@@ -100,9 +87,10 @@ def extend(
 ) -> tuple[Tensor, Tensor]:
     """What `triton_extend.extend_attention` says, of what `serves` allows.
 
-    `key`, `value`: words, scale and zero of the pages, which have no zeros where they have centers;
-    `state`: table, packed, exact_key, exact_value, length and query_position; `formats`: bits,
-    whether per-channel and group size, of keys and of values.
+    `key`, `value`: words, scale, zero and center of the pages, zeros and centers not both; `state`:
+    table, packed, exact_key, exact_value, length and query_position; `smooth`: what channels were
+    divided by, `[B, Hkv, n]` float32; `formats`: bits, whether per-channel and group size, of keys
+    and of values; `mapped`: its `center` is not looked at.
     """
     (b, hq, t, d), hkv, slots = q.shape, k.shape[1], state[2].shape[2] - 1
     blocks = -(-(hq // hkv) * t // ROWS)
@@ -111,8 +99,8 @@ def extend(
 
     def run(out: Tensor, lse: Tensor) -> None:
         limits = (sinks, scale, sliding_window, softcap)
-        args = (key, value, state, valid, s_aux, out, lse, formats, mapped, *limits, blocks, splits)
-        launch(q, k, v, *args)
+        given = (q, k, v, key, value, state, valid, smooth, s_aux)
+        launch(*given, out, lse, formats, mapped, *limits, blocks, splits)
 
     return portable.merged(q, d, splits, s_aux, run)
 
@@ -121,15 +109,16 @@ def launch(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    key: tuple[Tensor, Tensor, Tensor | None],
-    value: tuple[Tensor, Tensor, Tensor | None],
+    key: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+    value: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
     state: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor],
     valid: Tensor | None,
+    smooth: Tensor | None,
     s_aux: Tensor | None,
     out: Tensor,
     lse: Tensor,
     formats: Formats,
-    mapped: Mapped,
+    mapped: triton_fast.Mapped,
     sinks: int,
     scale: float,
     sliding_window: int | None,
@@ -145,15 +134,10 @@ def launch(
     table, packed, exact_key, exact_value, length, query_position = state
     hkv, slots = exact_key.shape[1], exact_key.shape[2] - 1
     # Beside scales there are zeros, or centers, or nothing that is read.
-    beside = [
-        next(x for x in (center, pages[2], pages[1]) if x is not None)
-        for pages, center in zip((key, value), mapped.centers, strict=True)
-    ]
-    offset = [
-        code if pages[2] is None else 0.0
-        for pages, code in zip((key, value), mapped.zero, strict=True)
-    ]
-    shared = [0 if x is None else PAGE_TOKENS // x.shape[2] for x in mapped.centers]
+    beside = [next(x for x in pages[:0:-1] if x is not None) for pages in (key, value)]
+    zeros = zip((key, value), mapped.zero, strict=True)
+    offset = [code if pages[2] is None else 0.0 for pages, code in zeros]
+    shared = [0 if x is None else PAGE_TOKENS // x.shape[2] for x in (key[3], value[3])]
     extend_hopper[(b * hkv * blocks * splits,)](
         q,
         k,
@@ -162,7 +146,7 @@ def launch(
         beside[0],
         *value[:2],
         beside[1],
-        lse if mapped.smooth is None else mapped.smooth,
+        lse if smooth is None else smooth,
         table,
         packed,
         exact_key,
@@ -194,13 +178,13 @@ def launch(
         K_OFFSET=offset[0],
         K_C=shared[0],
         K_BLOCK=mapped.block[0],
-        K_SMOOTH=mapped.smoothed[0],
+        K_SMOOTH=mapped.smooth[0],
         VB=formats[1][0],
         VG=formats[1][2],
         V_OFFSET=offset[1],
         V_C=shared[1],
         V_BLOCK=mapped.block[1],
-        V_SMOOTH=mapped.smoothed[1],
+        V_SMOOTH=mapped.smooth[1],
         WINDOW=sliding_window is not None,
         CAP=softcap is not None,
         AUX=s_aux is not None,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kivi.kernels import triton_extend_hopper as hopper
 from kivi.kernels import triton_extend_portable as portable
+from kivi.kernels import triton_fast
 from kivi.kernels.triton_mapped import inverse, map_query, mapping
 from kivi.kernels.triton_portable import INTERPRETED
 from kivi.spec import TILE_ROWS, KVSpec
@@ -70,23 +71,20 @@ def _extend(
     one = (key_zero is None or key_center is None) and (value_zero is None or value_center is None)
     if mask is None and one and hopper.serves(q, dv, key, value, scale):
         assert key_scale is not None and value_scale is not None
+        both, zero = (blocks[0], blocks[1]), (offsets[0], offsets[1])
+        how = triton_fast.Mapped(0, both, (key_smooth, value_smooth), zero)
         return hopper.extend(
             q,
             k,
             v,
-            (key_words, key_scale, key_zero),
-            (value_words, value_scale, value_zero),
+            (key_words, key_scale, key_zero, key_center),
+            (value_words, value_scale, value_zero, value_center),
             (table, packed, exact_key, exact_value, length, query_position),
             valid,
+            smooth,
             s_aux,
             (key, value),
-            hopper.Mapped(
-                (offsets[0], offsets[1]),
-                (key_center, value_center),
-                (blocks[0], blocks[1]),
-                smooth,
-                (key_smooth, value_smooth),
-            ),
+            how,
             sinks,
             scale,
             sliding_window,
