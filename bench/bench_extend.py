@@ -26,9 +26,8 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from triton.testing import do_bench
 
 from kivi import KVSpec
-from kivi.kernels import triton_extend, triton_extend_hopper, triton_extend_portable
+from kivi.kernels import triton_extend_hopper, triton_extend_portable
 from kivi.kernels.triton_extend import extend_attention
-from kivi.kernels.triton_formats import is_plain
 
 # batch, kv heads, query heads a kv head, new tokens, past tokens
 CASES = {
@@ -75,7 +74,7 @@ def chosen(variant: str) -> Iterator[None]:
     values = [int(x) for x in numbers.split("/")] if numbers else []
     splits = variant.partition("@")[2]
     places = [
-        (triton_extend, "_division"),
+        (triton_extend_portable, "division"),
         (triton_extend_hopper, "serves"),
         (triton_extend_hopper, "tuning"),
         (triton_extend_portable, "tuning"),
@@ -83,7 +82,7 @@ def chosen(variant: str) -> Iterator[None]:
     before = [getattr(module, name) for module, name in places]
     try:
         if splits:
-            triton_extend._division = lambda *_: int(splits)
+            triton_extend_portable.division = lambda *_: int(splits)
         if kind == "hopper":
             triton_extend_hopper.tuning = triton_extend_hopper.Tuning(*values)
         elif kind == "portable":
@@ -157,8 +156,7 @@ def main(
     flex: bool = False,
 ) -> None:
     """Measure the cases and formats whose names contain the given texts."""
-    plain = {name: spec for name, spec in FORMATS.items() if is_plain(spec.key)}
-    kinds = {name: spec for name, spec in plain.items() if formats in name}
+    kinds = {name: spec for name, spec in FORMATS.items() if formats in name}
     rows = [
         row
         for name, case in CASES.items()

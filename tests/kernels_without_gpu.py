@@ -72,7 +72,7 @@ def become(target: GPUTarget) -> None:
     triton_mapped._library.impl("mapped_attention", triton_mapped._mapped_attention, "CPU")
     triton_extend_portable.FAST = nvidia
     triton_extend_portable._multiprocessors = lambda device: 132
-    triton_extend.hopper.serves = lambda *_: False
+    triton_extend.hopper._is_hopper = lambda device: generation == 9
     triton_extend._library.impl("extend_attention", triton_extend._extend_attention, "CPU")
     triton_extend_mapped._library.impl("mapped_extend", triton_extend_mapped._extend, "CPU")
 
@@ -93,11 +93,13 @@ def decode(
     triton_decode.decode_attention(q, layer._view(), spec, position, 0.1, **options)
 
 
-def prompt(spec: KVSpec) -> None:
-    """Many tokens over a packed past, by the portable kernel."""
-    layer = LayerCache(spec, 2, 2, 128, dtype=torch.float16, max_length=2000, impl="eager")
-    q, k = (torch.empty(2, heads, 64, 128, dtype=torch.float16) for heads in (8, 2))
-    position = torch.zeros(2, 64, dtype=torch.int64)
+def prompt(spec: KVSpec, batch: int = 2, t: int = 64, max_length: int = 2000) -> None:
+    """Many tokens over a packed past."""
+    layer = LayerCache(
+        spec, batch, 2, 128, dtype=torch.float16, max_length=max_length, impl="eager"
+    )
+    q, k = (torch.empty(batch, heads, t, 128, dtype=torch.float16) for heads in (8, 2))
+    position = torch.zeros(batch, t, dtype=torch.int64)
     triton_extend.extend_attention(q, k, k, layer._view(), spec, position, 0.1)
 
 
@@ -152,6 +154,9 @@ def many_calls() -> None:
         for t in (1, 2, 3):
             decode(KIVI, batch, 1, t)
             decode(KIVI, batch, 1, t, sliding_window=100)
+        for t in (33, 64, 417, 2048):
+            prompt(KIVI, batch, t, 20 * t)
+            prompt(KVSpec(PLUMB, PLUMB), batch, t, 20 * t)
         for n in (1, 2, 3, 15, 16, 32):
             pack(Q(2, "channel", 32), batch, n, 512)
             pack(Q(2, "token", 32), batch, n, 512)

@@ -94,6 +94,8 @@ def _value(name: str, x: list[Tensor]) -> Tensor:
             return x[0] | x[1]
         case "xor":
             return x[0] ^ x[1]
+        case "shl":
+            return x[0] << x[1] & 0xFFFFFFFF
         case "shr":
             return x[0] >> x[1]
         case "lop3":

@@ -1,5 +1,6 @@
 """The Hopper kernel's source on the CPU, against float64; gluon_on_cpu.py says what that shows."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from gluon_on_cpu import Kernel
 from one_thread import one_thread  # noqa: F401
 from test_triton_decode import _outputs_begin_as_nan  # noqa: F401
 from test_triton_extend import BRAIN, GPU, HALF, KIVI, Q, check, randn, state
+from test_triton_mapped import PLUMB, SPECS, check_extend
 
 from kivi import KVSpec
 from kivi.kernels import triton_extend_hopper, triton_extend_portable
@@ -41,23 +43,92 @@ CASES: dict[str, dict[str, Any]] = {
     "short window, padding": {"sliding_window": 40, "t": 200, "padding": [30, 0]},
     "window, splits": {"sliding_window": 500, "softcap": 3.0, "splits": 3},
     "outliers": {"outlier": 65504.0},
+    "keys a token, symmetric": {
+        "spec": KVSpec(Q(2, "token", 64, "symmetric"), Q(4, "token", 32), 32, 3)
+    },
+    "keys a token, zeros": {"spec": KVSpec(Q(4, "token", 16), Q(2, "token", 16), 32, 3)},
     "heads that are not next to each other": {"hkv": 2, "strided": True},
 }
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_hopper(case: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    launched = []
+def same(bits: int, **options: Any) -> KVSpec:
+    one = Q(bits, "token", None, **options)
+    return KVSpec(one, one, 32, 4)
+
+
+MAPPED: dict[str, tuple[KVSpec, list[int], int, dict[str, Any]]] = {
+    "plumb": (SPECS["plumb"], [700, 40], 40, {}),
+    "4 and 1 bits, bfloat16, many queries": (
+        KVSpec(replace(PLUMB, bits=4), replace(PLUMB, bits=1), 32, 4),
+        [600],
+        70,
+        {"d": 128, "dtype": BRAIN, "ratio": 4},
+    ),
+    "8 bits, blocks of 32, short centers": (
+        same(8, grid="midpoint", transform="hadamard_32", center=32, smooth="max"),
+        [300],
+        20,
+        {"softcap": 20.0, "s_aux": True},
+    ),
+    "8 bits, bfloat16": (same(8, grid="midpoint", center=64), [300], 20, {"dtype": BRAIN}),
+    "3 bits": (same(3, grid="unbiased", transform="hadamard", center=128), [700], 20, {}),
+    "3 bits, bfloat16": (
+        KVSpec(replace(PLUMB, bits=3), Q(3, "token", 32), 32, 4),
+        [700],
+        20,
+        {"dtype": BRAIN},
+    ),
+    "keys rotated": (SPECS["keys rotated"], [300], 20, {}),
+    "values smoothed": (
+        KVSpec(Q(2, "token", 16), Q(1, "token", None, "symmetric", smooth="max"), 32, 0),
+        [300],
+        20,
+        {},
+    ),
+    "splits": (SPECS["plumb"], [900, 1], 20, {"splits": 4}),
+    "more splits than tiles": (SPECS["plumb"], [300], 20, {"splits": 9}),
+    "window": (SPECS["plumb"], [900], 150, {"sliding_window": 300}),
+    "padding": (SPECS["plumb"], [300, 40], 40, {"padding": [3, 39]}),
+}
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int]]:
+    """The grids of what ran on the CPU in place of the kernel."""
+    grids = []
 
     class Counted(Kernel):
         def __getitem__(self, grid: tuple[int]) -> Any:
-            launched.append(grid)
+            grids.append(grid)
             return super().__getitem__(grid)
 
     monkeypatch.setattr(
         triton_extend_hopper, "extend_hopper", Counted("triton_hopper", "extend_hopper")
     )
     monkeypatch.setattr(triton_extend_hopper, "_is_hopper", lambda _: True)
+    return grids
+
+
+@pytest.mark.parametrize("case", MAPPED.values(), ids=MAPPED)
+def test_mapped(
+    case: tuple[KVSpec, list[int], int, dict[str, Any]],
+    launched: list[tuple[int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    spec, lengths, t, options = case
+    options = {"d": 64} | options
+    if options.pop("s_aux", False):
+        options["s_aux"] = randn(4, seed=3)
+    splits = options.pop("splits", 1)
+    monkeypatch.setattr(triton_extend_portable, "division", lambda *_: splits)
+    check_extend(spec, lengths, t, **options)
+    assert len(launched) == 1
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_hopper(
+    case: dict[str, Any], launched: list[tuple[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     tuning = triton_extend_hopper.Tuning(stages=case.get("stages", 2))
     monkeypatch.setattr(triton_extend_hopper, "tuning", tuning)
     monkeypatch.setattr(triton_extend_portable, "division", lambda *_: case.get("splits", 1))
@@ -92,9 +163,11 @@ def test_what_it_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     assert serves(q, 64, key, value, 0.1)
     assert not serves(q, 128, key, value, 0.1)
     assert not serves(q.float(), 64, key, value, 0.1)
-    assert not serves(q, 64, (3, True, 32), value, 0.1)
+    assert serves(q, 64, (3, True, 32), (3, False, 32), 0.1)
+    assert not serves(q, 64, (0, False, 64), value, 0.1)
     assert not serves(q, 64, (2, True, 16), value, 0.1)
-    assert not serves(q, 64, (2, False, 32), value, 0.1)
+    assert serves(q, 64, (2, False, 32), value, 0.1)
+    assert not serves(q, 64, (2, False, 20), value, 0.1)
     assert not serves(q, 64, key, (2, True, 32), 0.1)
     assert not serves(q, 64, key, (2, False, 20), 0.1)
     assert not serves(q, 64, key, value, 0.0)

@@ -1,6 +1,7 @@
 """Decode attention over mapped and centered tokens against float64, on the portable kernel."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from test_triton_decode import (  # noqa: F401
     _outputs_begin_as_nan,
     randn,
 )
+from test_triton_extend import kernel  # noqa: F401
 
 from kivi import KVQuantizer, KVSpec, LayerCache, QuantSpec, store
 from kivi.attention import get_ops
@@ -137,8 +139,10 @@ def check(
     return out
 
 
-def check_extend(spec, lengths, t, ratio=2, d=32, dtype=HALF, splits=1, masked=False, **options):
-    """Many new tokens over a packed past, of which some are padding."""
+def check_extend(
+    spec, lengths, t, ratio=2, d=32, dtype=HALF, masked=False, padding=None, **options
+):
+    """Many new tokens over a packed past; the first `padding` of a row are not valid."""
     b, longest = len(lengths), max(lengths)
     layer = LayerCache(spec, b, 2, d, dtype=dtype, device=DEVICE, impl="eager")
     k, v = (randn(b, 2, longest + t, d, seed=d + salt) for salt in (1, 2))
@@ -158,15 +162,23 @@ def check_extend(spec, lengths, t, ratio=2, d=32, dtype=HALF, splits=1, masked=F
                 meta[0] = math.nan
     k, v = k[:, :, longest:].contiguous(), v[:, :, longest:].contiguous()
     q = randn(b, 2 * ratio, t, d, seed=9).to(dtype)
-    new = view.length[:, None] + torch.arange(t, device=DEVICE)
+    real = (
+        torch.arange(t, device=DEVICE) >= torch.tensor(padding or [0] * b, device=DEVICE)[:, None]
+    )
+    new = torch.where(real, view.length[:, None] + real.cumsum(1) - 1, 0)
+    for x in (q, k, v):
+        x.masked_fill_(~real[:, None, :, None], math.nan)
     mask = torch.tril(torch.ones(1, 1, t, t, dtype=torch.bool, device=DEVICE)) if masked else None
-    given = dict(mask=mask, **options)
+    given = dict(valid=real if padding else None, mask=mask, **options)
     out, lse = extend_attention(q, k, v, view, spec, new, d**-0.5, **given)
+    if GPU:
+        again = extend_attention(q, k, v, view, spec, new, d**-0.5, **given)
+        assert torch.equal(out, again[0]) and torch.equal(lse, again[1])
     other, _ = reference.extend_attention(q, k, v, view, spec, new, d**-0.5, **given)
     smooth = reference.smooth_factors(view, spec)
     index = torch.arange(view.table.shape[1] * 512, device=DEVICE)
     position = torch.cat([(spec.sink_length + index).expand(b, -1), position, new], 1)
-    visible = torch.cat([index < view.packed[:, None], visible, torch.ones_like(new).bool()], 1)
+    visible = torch.cat([index < view.packed[:, None], visible, real], 1)
     both = []
     for pages, one, exact, factor, x in zip(
         view[:2], (spec.key, spec.value), view[4:6], smooth, (k, v), strict=True
@@ -174,7 +186,8 @@ def check_extend(spec, lengths, t, ratio=2, d=32, dtype=HALF, splits=1, masked=F
         past = dense(pages, one, view.table, factor, d)
         x = torch.cat([past, exact[:, :, :-1].double(), x.double()], 2)
         both.append(torch.where(visible[:, None, :, None], x, 0.0).repeat_interleave(ratio, 1))
-    scores = q.double() @ both[0].transpose(-1, -2) * d**-0.5
+    q = torch.where(real[:, None, :, None], q.double(), 0.0)
+    scores = q @ both[0].transpose(-1, -2) * d**-0.5
     if options.get("softcap"):
         scores = options["softcap"] * torch.tanh(scores / options["softcap"])
     distance = new[:, :, None] - position[:, None]
@@ -187,8 +200,11 @@ def check_extend(spec, lengths, t, ratio=2, d=32, dtype=HALF, splits=1, masked=F
         scores = torch.cat([scores, aux], 3)
         both[1] = torch.nn.functional.pad(both[1], (0, 0, 0, 1))
     want, want_lse = scores.softmax(-1) @ both[1], scores.logsumexp(-1)
+    want, want_lse, out, other, lse = (
+        x[real[:, None].expand(want_lse.shape)] for x in (want, want_lse, out, other, lse)
+    )
     error = [float((x.double() - want).norm() / want.norm()) for x in (out, other)]
-    size = (q.double().abs() @ both[0].abs().transpose(-1, -2)).amax() * d**-0.5
+    size = (q.abs() @ both[0].abs().transpose(-1, -2)).amax() * d**-0.5
     eps = max(torch.finfo(dtype).eps, 2.0**-20)
     assert out.isfinite().all() and out.dtype == dtype
     assert error[0] <= 2 * error[1] + FLOOR[dtype]
@@ -206,6 +222,7 @@ def test_options_of_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     check_extend(plumb, [300], 3, dtype=FULL, softcap=20.0)
     check_extend(plumb, [700], 35, sliding_window=100)
     check_extend(plumb, [300], 20, masked=True, s_aux=randn(4, seed=3))
+    check_extend(plumb, [300, 3], 20, padding=[2, 19])
     monkeypatch.setattr(triton_extend_portable, "division", lambda *_: 3)
     check_extend(plumb, [1, 700], 40)
 
@@ -237,6 +254,19 @@ def test_operator_is_registered_soundly(monkeypatch: pytest.MonkeyPatch) -> None
         patch.setattr(triton_mapped, "direct", lambda *_, **__: False)
         patch.setattr(torch.ops.kivi, "mapped_attention", lambda *a: calls.append(a) or op(*a))
         check(SPECS["plumb"], [200])
+    torch.library.opcheck(
+        op.default,
+        calls[0],
+        test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
+    )
+
+
+def test_operator_of_prompts_is_registered_soundly(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    op = torch.ops.kivi.mapped_extend
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.ops.kivi, "mapped_extend", lambda *a: calls.append(a) or op(*a))
+        check_extend(SPECS["plumb"], [200], 3)
     torch.library.opcheck(
         op.default,
         calls[0],
@@ -307,3 +337,48 @@ def test_gluon(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"d": 128, "ratio": 4, **options}
     check(spec, [2100, 700, 60, 3], dv=options["d"], **options)
     check(spec, [700] * 40, dv=options["d"], **options)
+
+
+HOPPER = {
+    "plumb": (KVSpec(PLUMB, PLUMB, 128, 4), {}),
+    "plumb, 1 bit values, bfloat16": (
+        KVSpec(PLUMB, replace(PLUMB, bits=1), 128, 4),
+        {"ratio": 1, "dtype": BRAIN},
+    ),
+    "4 bits": (same(4, grid="unbiased", transform="hadamard", center=64, smooth="outliers"), {}),
+    "3 and 1 bits": (KVSpec(replace(PLUMB, bits=3), replace(PLUMB, bits=1), 128, 4), {}),
+    "3 bits, bfloat16": (
+        KVSpec(replace(PLUMB, bits=3), QuantSpec(3, "token", 32)),
+        {"dtype": BRAIN},
+    ),
+    "4 and 8 bits, bfloat16": (
+        KVSpec(replace(PLUMB, bits=4), replace(PLUMB, bits=8, grid="midpoint"), 32, 4),
+        {"dtype": BRAIN, "ratio": 7},
+    ),
+    "blocks of 32": (same(2, grid="midpoint", transform="hadamard_32", center=32), {}),
+    "keys rotated": (SPECS["keys rotated"], {}),
+    "values smoothed": (
+        KVSpec(QuantSpec(2, "token", 16), QuantSpec(2, "token", None, "midpoint", smooth="max")),
+        {},
+    ),
+    "softcap and sinks": (SPECS["plumb"], {"softcap": 20.0, "s_aux": True}),
+    "padding": (SPECS["plumb"], {"padding": [0, 131, 299]}),
+    "window": (SPECS["plumb"], {"sliding_window": 700}),
+    "splits": (SPECS["plumb"], {"splits": 5, "s_aux": True}),
+    "more splits than tiles": (SPECS["plumb"], {"splits": 80, "dtype": BRAIN}),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("name", HOPPER)
+def test_long_prompts(d: int, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec, options = HOPPER[name]
+    options = {"ratio": 4, "d": d, **options}
+    if "splits" in options:
+        splits = options.pop("splits")
+        monkeypatch.setattr(triton_extend_portable, "division", lambda *_: splits)
+    if options.pop("s_aux", False):
+        options["s_aux"] = randn(2 * options["ratio"], seed=3)
+    check_extend(spec, [5000, 17, 2000], 300, **options)

@@ -6,6 +6,7 @@ The PTX is read and executed by ptx_on_cpu.py, every rounding included.
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from gluon_on_cpu import tl
 from ptx_on_cpu import bits_of, number, rounded, run_ptx
 
-from kivi.grids import symmetric_offset
+from kivi.grids import symmetric_offset, zero_code
 from kivi.kernels.triton_tile_dense import below_mantissa, value_asm
 
 HALF, BRAIN = torch.float16, torch.bfloat16
@@ -37,12 +38,15 @@ def test_codes_become_numbers_exactly(bits: int, dtype: torch.dtype) -> None:
         scale[::7], zero[::7] = min(top, 2 * top / (2**bits - 1)), -top
     for plane in range(plain(below_mantissa)(bits, KINDS[dtype])):
         code = (word >> plane * bits) % 2**bits
-        for offset in (0.0, symmetric_offset(bits)):
-            text = plain(value_asm)(bits, plane * bits, KINDS[dtype], offset)
+        offsets = symmetric_offset(bits), zero_code(bits, "midpoint")
+        for offset, centered in ((0.0, False), *product(offsets, (False, True))):
+            text = plain(value_asm)(bits, plane * bits, KINDS[dtype], offset, centered)
             registers = {"$1": word, "$2": bits_of(scale), "$3": bits_of(zero)}
             run_ptx(text, registers)
             got = number(registers["$0"] & 0xFFFF, dtype)
-            exact = (code - offset) * scale.double() + (0.0 if offset else zero.double())
+            exact = (code - offset) * scale.double() + (
+                zero.double() if centered or not offset else 0.0
+            )
             want = number(rounded(exact, dtype), dtype)
             assert torch.equal(got, want.clamp(-top, top) if dtype == HALF else want)
 
@@ -62,7 +66,7 @@ def build(source, kernel, target, constants, **options):
             types[n] = "*i64"
         elif n.endswith("_words"):
             types[n] = "*i16"
-        elif n in ("lse", "s_aux"):
+        elif n in ("lse", "s_aux", "smooth"):
             types[n] = "*fp32"
         elif n == "valid":
             types[n] = "*i8"
@@ -71,25 +75,31 @@ def build(source, kernel, target, constants, **options):
         else:
             types[n] = "fp32" if n in ("factor", "cap") else "i32"
     static = {(names.index(n),): x for n, x in constants.items()}
-    return triton.compile(source(kernel, types, static), target=target, options=options).asm
+    return triton.compile(source(kernel, types, static), target=target, options=options)
 
 cuda, hip = GPUTarget("cuda", 90, 32), GPUTarget("hip", "gfx942", 64)
 from kivi.kernels.triton_flash import extend
 for target in (cuda, hip):
     fast = target is cuda
-    asm = build(ASTSource, extend, target, dict(
+    built = build(ASTSource, extend, target, dict(
         mask=None, key_center=None, value_center=None, K_C=32, V_C=32, PAGES=True, OTHERS=True,
         D=64, DV=64, K_BITS=2, K_CHANNEL=True, K_G=32, K_OFFSET=2.0, V_BITS=4,
         V_CHANNEL=False, V_G=32, V_OFFSET=8.0, ROWS=64, PLANES=2, WINDOW=False, CAP=False,
         FINAL=True, FAST=fast, WIDE=False), num_warps=4)
-    assert ("wgmma" in asm["ptx"]) if fast else ("mfma" in asm["amdgcn"])
+    assert ("wgmma" in built.asm["ptx"]) if fast else ("mfma" in built.asm["amdgcn"])
 from kivi.kernels.triton_hopper import extend_hopper
 from kivi.kernels.triton_extend_hopper import tuning
-asm = build(GluonASTSource, extend_hopper, cuda, dict(
-    D=128, KB=2, KG=32, K_OFFSET=0.0, VB=2, VG=32, V_OFFSET=0.0, WINDOW=False, CAP=False, AUX=True,
-    VALID=True, FINAL=True, STAGES=tuning.stages, CONSUMER_REGISTERS=tuning.consumer,
-    PRODUCER_REGISTERS=tuning.producer), num_warps=4)
-assert asm["ptx"].count("setmaxnreg") > 3 and "wgmma" in asm["ptx"]
+kivi = dict(KG=32, K_CHANNEL=True, K_OFFSET=0.0, K_C=0, K_BLOCK=1, K_SMOOTH=False, VG=32,
+    V_OFFSET=0.0, V_C=0, V_BLOCK=1, V_SMOOTH=False)
+plumb = dict(KG=128, K_CHANNEL=False, K_OFFSET=1.5, K_C=128, K_BLOCK=128, K_SMOOTH=True, VG=128,
+    V_OFFSET=1.5, V_C=128, V_BLOCK=128, V_SMOOTH=True)
+for kind in kivi, plumb:
+    built = build(GluonASTSource, extend_hopper, cuda, kind | dict(
+        D=128, KB=2, VB=2, WINDOW=False, CAP=False, AUX=True, VALID=True, FINAL=True,
+        STAGES=tuning.stages, CONSUMER_REGISTERS=tuning.consumer,
+        PRODUCER_REGISTERS=tuning.producer), num_warps=4)
+    assert built.metadata.shared <= 227 * 1024
+    assert built.asm["ptx"].count("setmaxnreg") > 3 and "wgmma" in built.asm["ptx"]
 print("compiled")
 """
 

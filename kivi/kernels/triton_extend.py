@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kivi.grids import symmetric_offset
 from kivi.kernels import triton_extend_hopper as hopper
 from kivi.kernels import triton_extend_portable as portable
+from kivi.kernels import triton_fast
 from kivi.kernels.triton_extend_mapped import mapped_extend
 from kivi.kernels.triton_formats import flat, is_plain
 from kivi.kernels.triton_portable import INTERPRETED
-from kivi.kernels.triton_tile_rows import combine
-from kivi.spec import PAGE_TOKENS, TILE_ROWS, KVSpec
+from kivi.spec import TILE_ROWS, KVSpec
 
 
 def _extend_attention(
@@ -56,87 +56,63 @@ def _extend_attention(
     if mask is not None:
         mask = mask if mask.stride(3) == 1 else mask.contiguous()
         mask = mask.expand(b, -1, -1, -1).view(torch.uint8)
-    rows = hq // hkv * t
-    plan = portable.tuning(rows, max(d, dv), q.dtype, (key_bits, value_bits))
-    key, value = (key_bits, key_channel, key_group), (value_bits, value_channel, value_group)
-    fast = table is not None and mask is None
-    if fast and hopper.serves(q, dv, key, value, scale):
-        plan = portable.Tuning(hopper.ROWS, hopper.TOKENS // TILE_ROWS, 16, 1, 1)
-    else:
-        fast = False
-    blocks = -(-rows // plan.rows)
-    columns = 0 if table is None else table.shape[1]
-    slots = 0 if exact_key is None else exact_key.shape[2] - 1
-    programs, tile = b * hkv * blocks, TILE_ROWS * plan.planes
-    seen = columns * PAGE_TOKENS + slots + t
-    if sliding_window is not None:
-        seen = min(seen, sliding_window + slots + t)
-    splits = portable.division(programs, -(-seen // tile), plan.resident, q.device)
-    out = torch.empty((b, hq, t, dv), dtype=q.dtype, device=q.device)
-    lse = torch.empty((b, hq, t), dtype=torch.float32, device=q.device)
-    part, part_lse = out, lse
-    if splits > 1:
-        part = torch.empty((b, hq, t, splits, dv), dtype=torch.float32, device=q.device)
-        part_lse = torch.empty((b, hq, t, splits), dtype=torch.float32, device=q.device)
     query_position = query_position.contiguous()
     valid = None if valid is None else valid.contiguous().view(torch.uint8)
-    wide = INTERPRETED and q.dtype == torch.bfloat16
-    with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
-        if fast:
-            assert key_words is not None and value_words is not None and table is not None
-            assert key_scale is not None and value_scale is not None and length is not None
-            assert packed is not None and exact_key is not None and exact_value is not None
-            hopper.launch(
-                q,
-                k,
-                v,
-                (key_words, key_scale, key_zero),
-                (value_words, value_scale, value_zero),
-                table,
-                packed,
-                exact_key,
-                exact_value,
-                length,
-                query_position,
-                valid,
-                s_aux,
-                part,
-                part_lse,
-                (key_bits, value_bits),
-                (key_group, value_group),
-                sinks,
-                scale,
-                sliding_window,
-                softcap,
-                splits,
-            )
-        else:
-            portable.launch(
-                q,
-                k,
-                v,
-                (key_words, key_scale, key_zero, value_words, value_scale, value_zero),
-                (table, packed, exact_key, exact_value, length),
-                query_position,
-                valid,
-                mask,
-                s_aux,
-                part,
-                part_lse,
-                key,
-                value,
-                sinks,
-                scale,
-                sliding_window,
-                softcap,
-                splits,
-                plan,
-            )
-        if splits > 1:
-            combine[(b * hq * t,)](
-                part, part_lse, s_aux, out, lse, hq, t, splits, DV=dv, STEP=16, WIDE=wide
-            )
-    return out, lse
+    key, value = (key_bits, key_channel, key_group), (value_bits, value_channel, value_group)
+    if table is not None and mask is None and hopper.serves(q, dv, key, value, scale):
+        assert key_words is not None and value_words is not None
+        assert key_scale is not None and value_scale is not None and length is not None
+        assert packed is not None and exact_key is not None and exact_value is not None
+        zero = symmetric_offset(key_bits), symmetric_offset(value_bits)
+        mapped = triton_fast.Mapped(0, (1, 1), (False, False), zero)
+        return hopper.extend(
+            q,
+            k,
+            v,
+            (key_words, key_scale, key_zero, None),
+            (value_words, value_scale, value_zero, None),
+            (table, packed, exact_key, exact_value, length, query_position),
+            valid,
+            None,
+            s_aux,
+            (key, value),
+            mapped,
+            sinks,
+            scale,
+            sliding_window,
+            softcap,
+        )
+    rows = hq // hkv * t
+    plan = portable.tuning(rows, max(d, dv), q.dtype, (key_bits, value_bits))
+    programs, tile = b * hkv * -(-rows // plan.rows), TILE_ROWS * plan.planes
+    slots = 0 if exact_key is None else exact_key.shape[2] - 1
+    seen = portable.reach(table, sliding_window) + slots + t
+    splits = portable.division(programs, -(-seen // tile), plan.resident, q.device)
+
+    def launch(out: Tensor, lse: Tensor) -> None:
+        portable.launch(
+            q,
+            k,
+            v,
+            (key_words, key_scale, key_zero, value_words, value_scale, value_zero),
+            (table, packed, exact_key, exact_value, length),
+            query_position,
+            valid,
+            mask,
+            s_aux,
+            out,
+            lse,
+            key,
+            value,
+            sinks,
+            scale,
+            sliding_window,
+            softcap,
+            splits,
+            plan,
+        )
+
+    return portable.merged(q, dv, splits, s_aux, launch)
 
 
 _SCHEMA = """extend_attention(

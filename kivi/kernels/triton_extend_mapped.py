@@ -1,22 +1,23 @@
 """Attention of many new tokens over a mapped past: the operator `kivi::mapped_extend`.
 
-As in triton_mapped.py the query is mapped for the pages, in a launch of their own; what they give
-is mapped back before it is merged with what the exact slots and the new tokens give.
+As in triton_mapped.py the query is mapped for the pages; what they give is mapped back before it is
+merged with what the exact slots and the new tokens give. The Hopper kernel does it all; for the
+portable one, pages are a launch of their own.
 """
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kivi.kernels import triton_extend_hopper as hopper
 from kivi.kernels import triton_extend_portable as portable
+from kivi.kernels import triton_fast
 from kivi.kernels.triton_mapped import inverse, map_query, mapping
 from kivi.kernels.triton_portable import INTERPRETED
-from kivi.kernels.triton_tile_rows import combine
-from kivi.spec import PAGE_TOKENS, TILE_ROWS, KVSpec
+from kivi.spec import TILE_ROWS, KVSpec
 
 
 def _extend(
@@ -39,8 +40,7 @@ def _extend(
     query_position: Tensor,
     valid: Tensor | None,
     mask: Tensor | None,
-    key_smooth: Tensor | None,
-    value_smooth: Tensor | None,
+    smooth: Tensor | None,
     s_aux: Tensor | None,
     key_bits: int,
     key_channel: bool,
@@ -48,6 +48,8 @@ def _extend(
     value_bits: int,
     value_channel: bool,
     value_group: int,
+    key_smooth: bool,
+    value_smooth: bool,
     blocks: list[int],
     offsets: list[float],
     sinks: int,
@@ -63,22 +65,39 @@ def _extend(
     if mask is not None:
         mask = mask if mask.stride(3) == 1 else mask.contiguous()
         mask = mask.expand(b, -1, -1, -1).view(torch.uint8)
+    query_position = query_position.contiguous()
     valid = None if valid is None else valid.contiguous().view(torch.uint8)
-    mapped = map_query(q, key_smooth, blocks[0])
-
+    key, value = (key_bits, key_channel, key_group), (value_bits, value_channel, value_group)
+    one = (key_zero is None or key_center is None) and (value_zero is None or value_center is None)
+    if mask is None and one and hopper.serves(q, dv, key, value, scale):
+        assert key_scale is not None and value_scale is not None
+        both, zero = (blocks[0], blocks[1]), (offsets[0], offsets[1])
+        how = triton_fast.Mapped(0, both, (key_smooth, value_smooth), zero)
+        return hopper.extend(
+            q,
+            k,
+            v,
+            (key_words, key_scale, key_zero, key_center),
+            (value_words, value_scale, value_zero, value_center),
+            (table, packed, exact_key, exact_value, length, query_position),
+            valid,
+            smooth,
+            s_aux,
+            (key, value),
+            how,
+            sinks,
+            scale,
+            sliding_window,
+            softcap,
+        )
+    mapped = map_query(q, smooth[..., :d] if smooth is not None and key_smooth else None, blocks[0])
     rows = hq // hkv * t
     plan = portable.tuning(rows, max(d, dv), q.dtype, (key_bits, value_bits))
     programs, tile = b * hkv * -(-rows // plan.rows), TILE_ROWS * plan.planes
-    past = table.shape[1] * PAGE_TOKENS
-    if sliding_window is not None:
-        past = min(past, sliding_window + t)
-    sizes = (past, exact_key.shape[2] - 1 + t)
+    sizes = (portable.reach(table, sliding_window), exact_key.shape[2] - 1 + t)
     splits = [portable.division(programs, -(-n // tile), plan.resident, q.device) for n in sizes]
-    part = torch.empty((b, hq, t, sum(splits), dv), dtype=torch.float32, device=q.device)
-    part_lse = torch.empty((b, hq, t, sum(splits)), dtype=torch.float32, device=q.device)
-    out = torch.empty((b, hq, t, dv), dtype=q.dtype, device=q.device)
-    lse = torch.empty((b, hq, t), dtype=torch.float32, device=q.device)
-    with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
+
+    def launch(part: Tensor, part_lse: Tensor) -> None:
         for pages_only, queries, count, first in (
             (True, mapped, splits[0], 0),
             (False, q, splits[1], splits[0]),
@@ -89,14 +108,14 @@ def _extend(
                 v,
                 (key_words, key_scale, key_zero, value_words, value_scale, value_zero),
                 (table, packed, exact_key, exact_value, length),
-                query_position.contiguous(),
+                query_position,
                 valid,
                 mask,
                 s_aux,
                 part,
                 part_lse,
-                (key_bits, key_channel, key_group),
-                (value_bits, value_channel, value_group),
+                key,
+                value,
                 sinks,
                 scale,
                 sliding_window,
@@ -112,13 +131,10 @@ def _extend(
         found = part[:, :, :, : splits[0]]
         if blocks[1] > 1:
             found.copy_(found @ inverse(dv, blocks[1], q.device))
-        if value_smooth is not None:
-            found *= value_smooth.repeat_interleave(hq // hkv, 1)[:, :, None, None]
-        wide = INTERPRETED and q.dtype == torch.bfloat16
-        combine[(b * hq * t,)](
-            part, part_lse, s_aux, out, lse, hq, t, sum(splits), DV=dv, STEP=16, WIDE=wide
-        )
-    return out, lse
+        if smooth is not None and value_smooth:
+            found *= smooth[..., -dv:].repeat_interleave(hq // hkv, 1)[:, :, None, None]
+
+    return portable.merged(q, dv, sum(splits), s_aux, launch)
 
 
 _SCHEMA = """mapped_extend(
@@ -127,10 +143,10 @@ _SCHEMA = """mapped_extend(
     Tensor value_words, Tensor? value_scale, Tensor? value_zero, Tensor? value_center,
     Tensor table, Tensor packed, Tensor exact_key, Tensor exact_value, Tensor length,
     Tensor query_position, Tensor? valid, Tensor? mask,
-    Tensor? key_smooth, Tensor? value_smooth, Tensor? s_aux,
+    Tensor? smooth, Tensor? s_aux,
     int key_bits, bool key_channel, int key_group,
     int value_bits, bool value_channel, int value_group,
-    int[] blocks, float[] offsets,
+    bool key_smooth, bool value_smooth, int[] blocks, float[] offsets,
     int sinks, float scale, int? sliding_window, float? softcap
 ) -> (Tensor, Tensor)"""
 
@@ -165,7 +181,6 @@ def mapped_extend(
     """`triton_extend.extend_attention` for specs with a transform, centers or smoothing."""
     d, dv = q.shape[3], v.shape[3]
     (key, value), mapped = mapping(spec, d, dv)
-    wide = d if mapped.smooth[0] else 0
     out: tuple[Tensor, Tensor] = torch.ops.kivi.mapped_extend(
         q,
         k,
@@ -176,11 +191,11 @@ def mapped_extend(
         query_position,
         valid,
         mask,
-        view.smooth[..., :wide] if wide else None,
-        view.smooth[..., wide:] if mapped.smooth[1] else None,
+        view.smooth if any(mapped.smooth) else None,
         s_aux,
         *key,
         *value,
+        *mapped.smooth,
         [*mapped.block],
         [*mapped.zero],
         spec.sink_length,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
 from typing import NamedTuple
 
@@ -12,8 +14,9 @@ from torch import Tensor
 from kivi.grids import symmetric_offset
 from kivi.kernels.triton_flash import extend
 from kivi.kernels.triton_portable import FAST, INTERPRETED, _multiprocessors, centered
-from kivi.kernels.triton_tile_rows import LOG2E
+from kivi.kernels.triton_tile_rows import LOG2E, combine
 from kivi.kernels.triton_tiles import padded
+from kivi.spec import PAGE_TOKENS
 
 
 class Tuning(NamedTuple):
@@ -65,6 +68,40 @@ def tuning(rows: int, head_dim: int, dtype: torch.dtype, bits: tuple[int, int]) 
     # Codes of 3 bits come from two tiles of words.
     stages = 2 if width <= 256 and 3 not in bits else 1
     return Tuning(block, 2 if width <= 128 else 1, warps, stages, 8 // warps)
+
+
+def reach(table: Tensor | None, sliding_window: int | None) -> int:
+    """Packed tokens that a query can see."""
+    past = 0 if table is None else table.shape[1] * PAGE_TOKENS
+    return past if sliding_window is None else min(past, sliding_window)
+
+
+def merged(
+    q: Tensor,
+    value_head_dim: int,
+    splits: int,
+    s_aux: Tensor | None,
+    launch: Callable[[Tensor, Tensor], None],
+) -> tuple[Tensor, Tensor]:
+    """What an operator returns; `launch` fills out and log-sum-exp, or so many shares of each."""
+    b, hq, t, _ = q.shape
+    out = torch.empty((b, hq, t, value_head_dim), dtype=q.dtype, device=q.device)
+    lse = torch.empty((b, hq, t), dtype=torch.float32, device=q.device)
+    with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
+        if splits == 1:
+            launch(out, lse)
+            return out, lse
+        size = (b, hq, t, splits)
+        part = torch.empty((*size, value_head_dim), dtype=torch.float32, device=q.device)
+        part_lse = torch.empty(size, dtype=torch.float32, device=q.device)
+        launch(part, part_lse)
+        # fmt: off
+        combine[(b * hq * t,)](
+            part, part_lse, s_aux, out, lse, hq, t, splits,
+            DV=value_head_dim, STEP=16, WIDE=INTERPRETED and q.dtype == torch.bfloat16,
+        )
+        # fmt: on
+    return out, lse
 
 
 def launch(

@@ -4,6 +4,9 @@ A program takes 128 query rows of one KV head and a share of what they see, tile
 warp groups have different work: two compute attention of 64 rows each, one brings tiles of keys
 into shared memory, one those of values: dequantized where they come from pages. Dequantizing so
 costs issue slots that the matrix units leave free, and no time of those who wait for them.
+
+Where packed tokens are mapped, pages take a query of their own, mapped first; what they give is
+mapped back before exact tokens follow.
 """
 
 from triton.experimental import gluon
@@ -11,8 +14,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from kivi.kernels.triton_hopper_steps import consume, produce
+from kivi.kernels.triton_hopper_steps import consume, map_queries, produce
 from kivi.kernels.triton_tile_gluon import FLAT
+from kivi.kernels.triton_tile_hopper import put_map
 
 UNSPECIALIZED = (
     *("factor", "cap", "window", "heads", "columns", "tokens", "ratio", "blocks", "splits"),
@@ -26,11 +30,12 @@ def extend_hopper(
     k,  # [B, Hkv, T, D]
     v,
     key_words,  # [pages, Hkv, KB, 32, D]
-    key_scale,  # [pages, Hkv, 512 / KG, D]
-    key_zero,  # read where K_OFFSET is 0
+    key_scale,  # K_CHANNEL: [pages, Hkv, 512 / KG, D]; else [pages, Hkv, 512, D / KG]
+    key_zero,  # as key_scale, read where K_OFFSET is 0; or the centers, [pages, Hkv, 512 / K_C, D]
     value_words,
     value_scale,  # [pages, Hkv, 512, D / VG]
     value_zero,
+    smooth,  # [B, Hkv, n], of keys where K_SMOOTH, then of values where V_SMOOTH
     table,  # [B, columns]
     packed,  # [B]
     exact_key,  # [B, Hkv, slots + 1, D]
@@ -64,10 +69,17 @@ def extend_hopper(
     D: gl.constexpr,
     KB: gl.constexpr,
     KG: gl.constexpr,
-    K_OFFSET: gl.constexpr,  # symmetric: the code of 0; else 0
+    K_CHANNEL: gl.constexpr,
+    K_OFFSET: gl.constexpr,  # the code of 0 where no zeros are stored; else 0
+    K_C: gl.constexpr,  # tokens that share a center; 0: none
+    K_BLOCK: gl.constexpr,  # channels that were rotated together; 1: none
+    K_SMOOTH: gl.constexpr,  # whether channels were divided by factors
     VB: gl.constexpr,
     VG: gl.constexpr,
     V_OFFSET: gl.constexpr,
+    V_C: gl.constexpr,
+    V_BLOCK: gl.constexpr,
+    V_SMOOTH: gl.constexpr,
     WINDOW: gl.constexpr,
     CAP: gl.constexpr,
     AUX: gl.constexpr,
@@ -80,6 +92,9 @@ def extend_hopper(
     """Attention of 128 query rows over a share of their tokens."""
     DTYPE: gl.constexpr = q.dtype.element_ty
     SHARED: gl.constexpr = gl.NVMMASharedLayout(128, 16)
+    KEYS_MAPPED: gl.constexpr = K_BLOCK > 1 or K_SMOOTH
+    VALUES_MAPPED: gl.constexpr = V_BLOCK > 1 or V_SMOOTH
+    MAPPED: gl.constexpr = KEYS_MAPPED or VALUES_MAPPED
     program = gl.program_id(0)
     split, program = program % splits, program // splits
     # The last tokens see the most: their blocks begin first.
@@ -103,7 +118,7 @@ def extend_hopper(
 
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     c = gl.arange(0, D, layout=gl.SliceLayout(0, layout))
-    queries = gl.allocate_shared_memory(DTYPE, [2, 64, D], SHARED)
+    queries = gl.allocate_shared_memory(DTYPE, [4 if MAPPED else 2, 64, D], SHARED)
     for half in gl.static_range(2):
         r = block * 128 + half * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
         token, head = r // ratio, h * ratio + r % ratio
@@ -113,6 +128,18 @@ def extend_hopper(
             real &= gl.load(valid + b.to(gl.int64) * tokens + token, mask=real, other=0) != 0
         x = gl.load(at[:, None] + c[None, :], mask=real[:, None], other=0.0)
         queries.index(half).store(x)
+    matrix = queries.index(0)  # not looked at
+    if MAPPED:
+        matrix = gl.allocate_shared_memory(DTYPE, [D, D], SHARED)
+        smooth += (b * heads + h).to(gl.int64) * ((K_SMOOTH + V_SMOOTH) * D)
+    if KEYS_MAPPED:
+        put_map(matrix, smooth, D, K_BLOCK, K_SMOOTH, True)
+        hopper.fence_async_shared()
+        gl.thread_barrier()
+        map_queries(queries, matrix, D)
+        gl.thread_barrier()
+    if VALUES_MAPPED:
+        put_map(matrix, smooth + K_SMOOTH * D, D, V_BLOCK, V_SMOOTH, False)
     keys = gl.allocate_shared_memory(DTYPE, [STAGES, 128, D], SHARED)
     values = gl.allocate_shared_memory(DTYPE, [STAGES, 128, D], SHARED)
     bounds = gl.allocate_shared_memory(gl.int32, [STAGES, 128], FLAT)
@@ -144,16 +171,16 @@ def extend_hopper(
                 query_position, valid)
     gl.warp_specialize(
         [
-            (consume, (queries.index(0), keys, values, bounds, barriers, share_of, where, rows,
-                       results, row, factor, cap, window,
-                       D, WINDOW, CAP, AUX, VALID, STAGES, FINAL)),
-            (consume, (queries.index(1), keys, values, bounds, barriers, share_of, where, rows,
-                       results, row + 64, factor, cap, window,
-                       D, WINDOW, CAP, AUX, VALID, STAGES, FINAL)),
+            (consume, (queries, 0, matrix, keys, values, bounds, barriers, share_of, where,
+                       rows, results, row, factor, cap, window,
+                       D, KEYS_MAPPED, VALUES_MAPPED, WINDOW, CAP, AUX, VALID, STAGES, FINAL)),
+            (consume, (queries, 1, matrix, keys, values, bounds, barriers, share_of, where,
+                       rows, results, row + 64, factor, cap, window,
+                       D, KEYS_MAPPED, VALUES_MAPPED, WINDOW, CAP, AUX, VALID, STAGES, FINAL)),
             (produce, (keys, bounds, keys_ready, keys_free, share_of, where, k_source,
-                       D, KB, KG, True, K_OFFSET, VALID, STAGES)),
+                       D, KB, KG, K_CHANNEL, K_OFFSET, K_C, True, VALID, STAGES)),
             (produce, (values, bounds, values_ready, values_free, share_of, where, v_source,
-                       D, VB, VG, False, V_OFFSET, VALID, STAGES)),
+                       D, VB, VG, False, V_OFFSET, V_C, False, VALID, STAGES)),
         ],
         [4, 4, 4],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS],

@@ -37,7 +37,7 @@ def signal(barrier):
 @gluon.jit
 def produce(
     buffers,  # [STAGES, 128, D]
-    bounds,  # [STAGES, 128]: with the keys, the first position that sees a token
+    bounds,  # [STAGES, 128]: where BOUNDS, the first position that sees a token
     ready,
     free,
     share,
@@ -48,6 +48,8 @@ def produce(
     G: gl.constexpr,
     channel: gl.constexpr,
     offset: gl.constexpr,
+    C: gl.constexpr,
+    BOUNDS: gl.constexpr,
     VALID: gl.constexpr,
     STAGES: gl.constexpr,
 ):
@@ -65,6 +67,7 @@ def produce(
     n = gl.load(packed + b).to(gl.int32)
     held = gl.load(length + b).to(gl.int32)
     meta: gl.constexpr = 512 // G * D if channel else 512 * (D // G)
+    zeros: gl.constexpr = 512 // C * D if C > 0 else meta
     exact_tokens += row.to(gl.int64) * (slots + 1) * D
     page = gl.load(table + low // 4, mask=low < many, other=0)
     for i in range(low, high):
@@ -78,7 +81,7 @@ def produce(
                 buffer,
                 words + base * (bits * 32 * D),
                 scale + base * meta,
-                zero + base * meta,
+                zero + base * zeros,
                 i % 4,
                 gl.minimum(n // 32 - 1 - i // 4 * 16, 15),
                 D,
@@ -86,24 +89,69 @@ def produce(
                 G,
                 channel,
                 offset,
+                C,
             )
-            if channel:
+            if BOUNDS:
                 put_bounds_of_packed(bounds.index(k % STAGES), i, n, sinks)
         elif i < many + own:
             put_exact(buffer, exact_tokens, i - many, held, n, slots, sinks, D)
-            if channel:
+            if BOUNDS:
                 put_bounds_of_exact(bounds.index(k % STAGES), i - many, held, n, slots, sinks)
         else:
             j = i - many - own + skipped
             put_new(buffer, new, stride, valid, j, tokens, D)
-            if channel:
+            if BOUNDS:
                 put_bounds_of_new(bounds.index(k % STAGES), query_position, valid, j, tokens)
         signal(ready.index(k % STAGES))
 
 
 @gluon.jit
+def saturated(x, dtype: gl.constexpr):
+    """To a dtype, finite."""
+    if dtype == gl.float16:
+        x = gl.minimum(gl.maximum(x, -65504.0), 65504.0)
+    return x.to(dtype)
+
+
+@gluon.jit
+def map_queries(queries, matrix, D: gl.constexpr):
+    """The queries of mapped keys behind the others."""
+    none = gl.zeros([64, D], gl.float32, layout=mma(D))
+    for half in gl.static_range(2):
+        x = hopper.warpgroup_mma(queries.index(half), matrix, none, use_acc=False, is_async=True)
+        x = hopper.warpgroup_mma_wait(0, deps=(x,))
+        queries.index(2 + half).store(saturated(x, queries.dtype))
+
+
+@gluon.jit
+def map_back(sums, total, room, matrix, D: gl.constexpr):
+    """Sums of mapped values `[64, D]` as sums of values."""
+    SUMS: gl.constexpr = mma(D)
+    NARROW: gl.constexpr = room.dtype == gl.float16
+    total = gl.convert_layout(total, gl.SliceLayout(1, SUMS), assert_trivial=True)
+    if NARROW:  # means have the range of values, sums have not
+        total = gl.where(total > 0, total, 1.0)
+        sums = gl.minimum(gl.maximum(sums * (1 / total)[:, None], -65504.0), 65504.0)
+    # In two parts: more exact than the result is.
+    kept: gl.constexpr = -(2**13) if NARROW else -(2**16)
+    high = (sums.to(gl.int32, bitcast=True) & kept).to(gl.float32, bitcast=True)
+    low = sums - high
+    sums = gl.zeros([64, D], gl.float32, layout=SUMS)
+    for part in gl.static_range(2):
+        gl.thread_barrier()
+        room.store((low if part == 0 else high).to(room.dtype))
+        hopper.fence_async_shared()
+        gl.thread_barrier()
+        sums = hopper.warpgroup_mma(room, matrix, sums, use_acc=part > 0, is_async=True)
+        sums = hopper.warpgroup_mma_wait(0, deps=(sums,))
+    return sums * total[:, None] if NARROW else sums
+
+
+@gluon.jit
 def consume(
-    q,  # [64, D]
+    queries,  # [2 or 4, 64, D]: the last two are for mapped keys
+    half,  # of them
+    matrix,  # [D, D], maps values back
     keys,  # [STAGES, 128, D]
     values,
     bounds,
@@ -117,6 +165,8 @@ def consume(
     cap,
     window,
     D: gl.constexpr,
+    KEYS_MAPPED: gl.constexpr,
+    VALUES_MAPPED: gl.constexpr,
     WINDOW: gl.constexpr,
     CAP: gl.constexpr,
     AUX: gl.constexpr,
@@ -150,9 +200,16 @@ def consume(
     sums = gl.zeros([64, D], gl.float32, layout=SUMS)
     for i in range(low, high):
         k = i - low
+        which = half
+        if KEYS_MAPPED:
+            which += gl.where(i < many, 2, 0)
         mbarrier.wait(keys_ready.index(k % STAGES), k // STAGES % 2)
         s = hopper.warpgroup_mma(
-            q, keys.index(k % STAGES).permute((1, 0)), none, use_acc=False, is_async=True
+            queries.index(which),
+            keys.index(k % STAGES).permute((1, 0)),
+            none,
+            use_acc=False,
+            is_async=True,
         )
         s = hopper.warpgroup_mma_wait(0, deps=(s,))
         if CAP:
@@ -177,12 +234,16 @@ def consume(
         m = new_m
         alpha = gl.convert_layout(alpha, gl.SliceLayout(1, SUMS), assert_trivial=True)
         sums = sums * alpha[:, None]
-        p = gl.convert_layout(p.to(q.dtype), PROBABILITIES)
+        p = gl.convert_layout(p.to(queries.dtype), PROBABILITIES)
         mbarrier.wait(values_ready.index(k % STAGES), k // STAGES % 2)
         sums = hopper.warpgroup_mma(p, values.index(k % STAGES), sums, is_async=True)
         sums = hopper.warpgroup_mma_wait(0, deps=(sums,))
         gl.thread_barrier()
         mbarrier.arrive(values_free.index(k % STAGES), count=1)
+        if VALUES_MAPPED:
+            last = (i + 1 == many) | ((i + 1 == high) & (i < many))  # of the pages
+            if last:
+                sums = map_back(sums, total, queries.index(2 + half), matrix, D)
 
     m = gl.convert_layout(m, gl.SliceLayout(1, SUMS), assert_trivial=True)
     total = gl.convert_layout(total, gl.SliceLayout(1, SUMS), assert_trivial=True)
@@ -209,7 +270,5 @@ def consume(
         gl.store(lse + index, logs, mask=real)
     c = gl.arange(0, D, layout=gl.SliceLayout(0, SUMS))
     x = sums * keep[:, None]
-    if out.dtype.element_ty == gl.float16:
-        x = gl.minimum(gl.maximum(x, -65504.0), 65504.0)
     at = out + index[:, None] * D + c[None, :]
-    gl.store(at, x.to(out.dtype.element_ty), mask=real[:, None])
+    gl.store(at, saturated(x, out.dtype.element_ty), mask=real[:, None])

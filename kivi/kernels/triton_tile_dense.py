@@ -27,16 +27,18 @@ def below_mantissa(bits, dtype):
 
 
 @triton.constexpr_function
-def value_asm(bits, position, dtype, offset):
+def value_asm(bits, position, dtype, offset, centered=False, above=None):
     """PTX for the values of two words' codes at a bit position, from scales and zeros.
 
-    Or, where offset is not 0, `(code - offset) * scale`. A code among the mantissa's bits, under
-    the exponent with which bit 0 is worth 1, is the number `one + code * 2^position`, from which it
-    comes exactly. 8 bits are one too many for bfloat16: a subnormal there, two factors away.
+    Or, where offset is not 0, `(code - offset) * scale`; centered: plus what then takes the place
+    of the zero. A code among the mantissa's bits, under the exponent with which bit 0 is worth 1,
+    is the number `one + code * 2^position`, from which it comes exactly, less the offset where the
+    dtype has the sum of both. 8 bits are one too many for bfloat16: a subnormal there, two factors
+    away. 3 bits are two in one word and one in another ($4), which is `above` bits too low.
     """
     half = dtype == tl.float16
     kind, mantissa = ("f16x2", 10) if half else ("bf16x2", 7)
-    mask = ((1 << bits) - 1 << position) * 65537
+    mask = ((1 << (2 if bits == 3 else bits)) - 1 << position) * 65537
 
     def both(number):
         """A number that the dtype has, twice."""
@@ -45,22 +47,30 @@ def value_asm(bits, position, dtype, offset):
         field += exponent + 14 << 10 if half else exponent + 126 << 7
         return f"{(field + (32768 if number < 0 else 0)) * 65537:#x}"
 
+    third = ""
+    if bits == 3:
+        move = f"shl.b32 u, $4, {above}" if above >= 0 else f"shr.u32 u, $4, {-above}"
+        third = f"{move}; lop3.b32 t, u, {(4 << position) * 65537:#x}, t, 0xEA;"
+    whole = bits > mantissa or offset * 2**position % 1 == 0
+    taken = offset if whole else 0.0
     if bits > mantissa:
         code = (
             f"and.b32 t, $1, {mask:#x}; mov.b32 v, 0x80008000; mov.b32 u, {both(2.0**127)};"
-            f"fma.rn.{kind} t, t, u, v; mov.b32 u, {both(2.0**6)}; fma.rn.{kind} t, t, u, v;"
+            f"fma.rn.{kind} t, t, u, v; mov.b32 u, {both(2.0**6)};"
+            f"mov.b32 v, {both(-taken) if taken else '0x80008000'}; fma.rn.{kind} t, t, u, v;"
         )
     else:
         one = 2.0**mantissa
         code = (
-            f"lop3.b32 t, $1, {mask:#x}, {both(one)}, 0xEA; mov.b32 u, {both(2.0**-position)};"
-            f"mov.b32 v, {both(-one * 2.0**-position)}; fma.rn.{kind} t, t, u, v;"
+            f"lop3.b32 t, $1, {mask:#x}, {both(one)}, 0xEA; {third}"
+            f"mov.b32 u, {both(2.0**-position)}; mov.b32 v, {both(-one * 2.0**-position - taken)};"
+            f"fma.rn.{kind} t, t, u, v;"
         )
-    zero = "$3"
-    if offset != 0:
+    if not whole:
         code += f"mov.b32 u, {both(1.0)}; mov.b32 v, {both(-offset)}; fma.rn.{kind} t, t, u, v;"
+    zero = "$3" if offset == 0 or centered else "v"
+    if zero == "v":
         code += "mov.b32 v, 0x80008000;"
-        zero = "v"
     # Half a step above the largest number a sum can leave float16's range, as can unused codes.
     limit = "mov.b32 u, 0x7bff7bff; min.f16x2 t, t, u;" if half else ""
     if half and offset != 0:
