@@ -6,16 +6,15 @@ for the exact slots. What the pages give of values is mapped back before both ar
 
 from __future__ import annotations
 
-from functools import cache, lru_cache
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kivi.grids import zero_code
 from kivi.kernels import triton_fast
-from kivi.kernels.triton_direct import direct
-from kivi.kernels.triton_formats import Formats, flat
+from kivi.kernels.triton_formats import Formats, flat, is_plain
 from kivi.kernels.triton_portable import INTERPRETED, portable
 from kivi.spec import PAGE_TOKENS, KVSpec, QuantSpec
 from kivi.transforms import inverse_hadamard
@@ -73,11 +72,9 @@ def _attend(
         mapped.center if x[3] is None else PAGE_TOKENS // x[3].shape[2] for x in (key, value)
     ]
     if all(plain) and centers[0] == centers[1]:
-        own = mapped._replace(center=centers[0])
-        own_key, own_value = (*key[:2], key[3]), (*value[:2], value[3])
-        out = triton_fast.decode(
-            q, own_key, own_value, state, s_aux, formats, *options, own, smooth
-        )
+        kind = triton_fast.kind(formats, sinks, mapped._replace(center=centers[0]))
+        own = (*key[:2], key[3]), (*value[:2], value[3])
+        out = triton_fast.decode(q, *own, state, s_aux, kind, *options[1:], smooth)
         if out is not None:
             return out
     b, d = q.shape[0], q.shape[3]
@@ -191,13 +188,53 @@ def mapping(spec: KVSpec, head_dim: int, value_head_dim: int) -> tuple[Formats, 
     return (flat(*both[0]), flat(*both[1])), mapped
 
 
-_cached = lru_cache(1024)(mapping)
+class Known(NamedTuple):
+    """What the kernels are told of a spec for these head dimensions, itself included.
+
+    `mapped`: None for plain formats; `kind`: None if only the portable kernel serves the spec.
+    """
+
+    spec: KVSpec
+    formats: Formats
+    mapped: triton_fast.Mapped | None
+    kind: triton_fast.Kind | None
+
+
+def read(spec: KVSpec, head_dim: int, value_head_dim: int) -> Known:
+    """What the kernels are told of a spec."""
+    if is_plain(spec.key) and is_plain(spec.value):
+        formats = flat(spec.key, head_dim), flat(spec.value, value_head_dim)
+        return Known(spec, formats, None, triton_fast.kind(formats, spec.sink_length, None))
+    formats, mapped = mapping(spec, head_dim, value_head_dim)
+    both = [x for x in (spec.key, spec.value) if isinstance(x, QuantSpec) and not x.has_zero]
+    centers, kind = [x.center or 0 for x in both], None
+    if len(both) == 2 and centers[0] == centers[1]:
+        kind = triton_fast.kind(formats, spec.sink_length, mapped._replace(center=centers[0]))
+    return Known(spec, formats, mapped, kind)
+
+
+_KNOWN: dict[tuple[int, int, int], Known] = {}
+
+
+def known(spec: KVSpec, head_dim: int, value_head_dim: int) -> Known:
+    """What `read` says. A spec that is known stays alive, so that its id is nobody else's.
+
+    Specs are hashed and compared element by element, which takes as long as a launch.
+    """
+    key = id(spec), head_dim, value_head_dim
+    found = _KNOWN.get(key)
+    if found is None:
+        if len(_KNOWN) >= 4096:
+            _KNOWN.clear()
+        found = _KNOWN[key] = read(spec, head_dim, value_head_dim)
+    return found
 
 
 def mapped_attention(
     q: Tensor,
     view: Any,
-    spec: KVSpec,
+    known: Known,
+    short: bool,
     query_position: Tensor,
     s_aux: Tensor | None,
     scale: float,
@@ -205,21 +242,23 @@ def mapped_attention(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     """`triton_decode.decode_attention` for specs with a transform, centers or smoothing."""
-    short = direct(q, s_aux, cpu=INTERPRETED)
-    # Compilers complain of a cache in the way.
-    of_spec = _cached if short else mapping
-    formats, mapped = of_spec(spec, q.shape[3], view.exact_value.shape[3])
     key, value, state = view.key[:4], view.value[:4], (*view[2:7], query_position)
-    scale, softcap = float(scale), None if softcap is None else float(softcap)
-    options = (spec.sink_length, scale, sliding_window, softcap)
+    formats, mapped, smooth = known.formats, known.mapped, view.smooth
+    options = (known.spec.sink_length, scale, sliding_window, softcap)
+    assert mapped is not None
     if short:
-        return _attend(q, key, value, state, view.smooth, s_aux, formats, mapped, *options)
-    out: tuple[Tensor, Tensor] = torch.ops.kivi.mapped_attention(
+        if known.kind is not None:
+            own = (key[0], key[1], key[3]), (value[0], value[1], value[3])
+            out = triton_fast.decode(q, *own, state, s_aux, known.kind, *options[1:], smooth)
+            if out is not None:
+                return out
+        return _attend(q, key, value, state, smooth, s_aux, formats, mapped, *options)
+    result: tuple[Tensor, Tensor] = torch.ops.kivi.mapped_attention(
         q,
         *key,
         *value,
         *state,
-        view.smooth,
+        smooth,
         s_aux,
         *formats[0],
         *formats[1],
@@ -228,4 +267,4 @@ def mapped_attention(
         *mapped.zero,
         *options,
     )
-    return out
+    return result
