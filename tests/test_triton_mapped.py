@@ -234,7 +234,7 @@ def test_operator_is_registered_soundly(monkeypatch: pytest.MonkeyPatch) -> None
     calls = []
     op = torch.ops.kivi.mapped_attention
     with monkeypatch.context() as patch:
-        patch.setattr(triton_mapped, "direct", lambda *_, **__: False)
+        patch.setattr(triton_decode, "direct", lambda *_, **__: False)
         patch.setattr(torch.ops.kivi, "mapped_attention", lambda *a: calls.append(a) or op(*a))
         check(SPECS["plumb"], [200])
     torch.library.opcheck(

@@ -191,42 +191,46 @@ def mapping(spec: KVSpec, head_dim: int, value_head_dim: int) -> tuple[Formats, 
 class Known(NamedTuple):
     """What the kernels are told of a spec for these head dimensions, itself included.
 
-    `mapped`: None for plain formats; `kind`: None if only the portable kernel serves the spec.
+    `mapped`: None for plain formats; `kind`: None if `triton_fast` does not serve the spec, or
+    where nobody asks it.
     """
 
     spec: KVSpec
     formats: Formats
     mapped: triton_fast.Mapped | None
-    kind: triton_fast.Kind | None
+    kind: triton_fast.Kind | None = None
 
 
 def read(spec: KVSpec, head_dim: int, value_head_dim: int) -> Known:
-    """What the kernels are told of a spec."""
+    """What the operators are told of a spec."""
     if is_plain(spec.key) and is_plain(spec.value):
-        formats = flat(spec.key, head_dim), flat(spec.value, value_head_dim)
-        return Known(spec, formats, None, triton_fast.kind(formats, spec.sink_length, None))
-    formats, mapped = mapping(spec, head_dim, value_head_dim)
-    both = [x for x in (spec.key, spec.value) if isinstance(x, QuantSpec) and not x.has_zero]
-    centers, kind = [x.center or 0 for x in both], None
-    if len(both) == 2 and centers[0] == centers[1]:
-        kind = triton_fast.kind(formats, spec.sink_length, mapped._replace(center=centers[0]))
-    return Known(spec, formats, mapped, kind)
+        return Known(spec, (flat(spec.key, head_dim), flat(spec.value, value_head_dim)), None)
+    return Known(spec, *mapping(spec, head_dim, value_head_dim))
 
 
 _KNOWN: dict[tuple[int, int, int], Known] = {}
 
 
 def known(spec: KVSpec, head_dim: int, value_head_dim: int) -> Known:
-    """What `read` says. A spec that is known stays alive, so that its id is nobody else's.
+    """What `read` says, and the kind. A spec that is known stays alive: its id is nobody else's.
 
     Specs are hashed and compared element by element, which takes as long as a launch.
     """
     key = id(spec), head_dim, value_head_dim
     found = _KNOWN.get(key)
     if found is None:
+        found = read(spec, head_dim, value_head_dim)
+        formats, mapped = found.formats, found.mapped
+        both = [x for x in (spec.key, spec.value) if isinstance(x, QuantSpec) and not x.has_zero]
+        centers = [x.center or 0 for x in both]
+        if mapped is None:
+            found = found._replace(kind=triton_fast.kind(formats, spec.sink_length, None))
+        elif len(both) == 2 and centers[0] == centers[1]:
+            mapped = mapped._replace(center=centers[0])
+            found = found._replace(kind=triton_fast.kind(formats, spec.sink_length, mapped))
         if len(_KNOWN) >= 4096:
             _KNOWN.clear()
-        found = _KNOWN[key] = read(spec, head_dim, value_head_dim)
+        _KNOWN[key] = found
     return found
 
 
