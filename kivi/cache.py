@@ -133,14 +133,13 @@ class LayerCache:
     @torch.no_grad()
     def append(self, k: Tensor, v: Tensor, valid: Tensor | None = None) -> None:
         """Store T >= 0 more tokens of each row. Arguments and errors as in `prefill`."""
-        self._check(k, v, valid)
+        traced = self._check(k, v, valid)
         if k.shape[2]:
-            step, host = self._step(k.shape[2], valid)
+            step, host = self._step(k.shape[2], valid, traced)
             if k.shape[2] <= steps.SLACK:
-                store.write_new(self._view(), k, v, step)
+                store.write_new(self._view(), k, v, step, self._ops.write_new)
             self._store(k, v, valid, step, host)
 
-    @torch.no_grad()
     def decode(
         self,
         q: Tensor,
@@ -177,28 +176,34 @@ class LayerCache:
             ValueError: as `prefill`, for a q that does not fit k, and for a window longer than the
                 layer's.
         """
-        self._check(k, v, valid)
+        traced = self._check(k, v, valid)
         window = self.spec.narrow(checks.check_window(sliding_window, self.sliding_window))
         checks.check_query(q, k, mask, softcap, s_aux)
         b, _, t, d = k.shape
         if t == 0:
             return q.new_empty(b, q.shape[1], 0, self.value_head_dim)
+        if torch.is_grad_enabled():  # not torch.no_grad(), which takes a while where it does nothing
+            q, k, v, s_aux = (x if x is None else x.detach() for x in (q, k, v, s_aux))
         scale = d**-0.5 if scale is None else scale
-        step, host = self._step(t, valid)
+        step, host = self._step(t, valid, traced)
         query = step.position if valid is None else step.position.clamp_min(0)
         options = (steps.needed(window, host, self.max_length), softcap, s_aux)
-        view, (query, mask) = self._view(), before_sinks(query, mask, self.spec, options[0])
-        if t <= steps.SLACK:
-            store.write_new(view, k, v, step)
-        if t <= steps.SLACK and mask is None:
-            view = self._view(step.length)
+        query, mask = before_sinks(query, mask, self.spec, options[0])
+        few, fused = t <= steps.SLACK, t <= steps.SLACK and mask is None
+        view = self._view(step.length if fused else None)
+        if few:
+            store.write_new(view, k, v, step, self._ops.write_new)
+        if fused:
             out, lse = self._ops.decode_attention(q, view, self.spec, query, scale, *options)
         else:
             past = None if self._is_empty() else view
             out, lse = self._ops.extend_attention(
                 q, k, v, past, self.spec, query, scale, valid, mask, *options
             )
-        self._store(k, v, valid, saliency.weighed(step, self.spec, q, scale), host)
+        step = saliency.weighed(step, self.spec, q, scale) if step.units else step
+        self._store(k, v, valid, step, host)
+        if not self.spec.sink_length:
+            return out
         return with_sinks(out, lse, q, self._view(), self.spec, query, scale, *options[:2])
 
     @torch.inference_mode(False)
@@ -315,17 +320,20 @@ class LayerCache:
         for tensor in self._view().tensors() if self.max_length is not None else ():
             torch._dynamo.mark_static_address(tensor)
 
-    def _check(self, k: Tensor, v: Tensor, valid: Tensor | None) -> None:
+    def _check(self, k: Tensor, v: Tensor, valid: Tensor | None) -> bool:
+        """Refuses what does not fit; whether the call is traced."""
         checks.check_new_tokens(k, v, valid, (self._exact_key, self._exact_value))
-        if checks.tracing() and (self.max_length is None or self.check_finite):
+        traced = checks.tracing()
+        if traced and (self.max_length is None or self.check_finite):
             raise ValueError("to compile, give a max_length and leave check_finite=False")
         for name, x in (("k", k), ("v", v)) if self.check_finite else ():
             checks.check_finite_tensor(name, x if valid is None else x.transpose(1, 2)[valid])
+        return traced
 
-    def _step(self, t: int, valid: Tensor | None) -> tuple[Step, Counts | None]:
+    def _step(self, t: int, valid: Tensor | None, traced: bool) -> tuple[Step, Counts | None]:
         """What storing t columns will do, with pages reserved; refuses what does not fit."""
         held = self._length, self._packed
-        if checks.tracing():
+        if traced:
             return steps.traced_step(held, self.spec, t, valid, self.max_length), None
         if self._pages.rounds:  # a step that failed may have overwritten what is still seen
             self.check_crop(0)
@@ -343,7 +351,8 @@ class LayerCache:
             self._pages.lost = self._pages.forgotten(host[1])
         if step.units or k.shape[2] > steps.SLACK:
             ring = self._pages.ring if self._pages.rounds else None
-            store.store(self._view(), self.spec, k, v, step, self._ops.quantize_pack, ring)
+            ops = self._ops.quantize_pack, ring, self._ops.write_new
+            store.store(self._view(), self.spec, k, v, step, *ops)
         self._count(step.length, step.packed if step.units else None)
         self._host = host
         if host is None and not torch.compiler.is_compiling():

@@ -23,10 +23,16 @@ def write_exact(view: CacheView, spec: KVSpec, k: Tensor, v: Tensor, position: T
     _write(view, k, v, (rows(position), slots(spec, position)))
 
 
-def write_new(view: CacheView, k: Tensor, v: Tensor, step: Step) -> None:
-    """Put new columns `[B, Hkv, T, D]` into the exact slots that the step knows."""
+def write_new(
+    view: CacheView, k: Tensor, v: Tensor, step: Step, write: Callable[..., bool] | None = None
+) -> None:
+    """Put new columns `[B, Hkv, T, D]` into the exact slots that the step knows.
+
+    `write` does it in one launch, or says that it cannot.
+    """
     assert step.place is not None
-    _write(view, k, v, step.place)
+    if write is None or not write(view.exact_key, view.exact_value, k, v, step.place):
+        _write(view, k, v, step.place)
 
 
 def _write(
@@ -84,6 +90,7 @@ def store(
     step: Step,
     quantize_pack: Callable[..., None],
     ring: int | None = None,
+    write: Callable[..., bool] | None = None,
 ) -> None:
     """Store T columns: units leave the window into pages, the new tokens enter it.
 
@@ -98,6 +105,7 @@ def store(
         quantize_pack: the operator.
         ring: a page is written again this many columns later; what would be lost so at once is
             not packed at all.
+        write: see `write_new`.
     """
     t, unit, sinks, units = k.shape[2], spec.unit, spec.sink_length, step.units
     if units and step.before is not None:
@@ -116,7 +124,7 @@ def store(
         sources = [x.unflatten(2, (units, unit)) for x in body]
         pack_units(view, spec, sources, first, first < step.packed[:, None], quantize_pack)
     if t > SLACK and step.place is not None:
-        write_new(view, k, v, step)
+        write_new(view, k, v, step, write)
     elif t > SLACK:
         _enter(view, spec, k, v, step)
 
