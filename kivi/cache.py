@@ -13,7 +13,8 @@ from torch import Tensor
 
 from kivi import checks, saliency, steps, store
 from kivi.attention import Impl, get_ops
-from kivi.pages import CacheBytes, PageTable
+from kivi.pages import CacheBytes, PageTable, table_of
+from kivi.quantize import zero
 from kivi.sinks import before_sinks, with_sinks
 from kivi.smoothing import new_smooth
 from kivi.spec import KVSpec, check_choice, check_count
@@ -79,15 +80,18 @@ class LayerCache:
         self._pages = PageTable(spec, *shape, *where, max_length, spec.narrow(sliding_window))
         self._table = torch.zeros(batch_size, 0, dtype=torch.int64, device=self.device)
         slots = (batch_size, num_kv_heads, spec.sink_length + steps.ring_slots(spec) + 1)
-        self._exact_key = torch.zeros(*slots, head_dim, dtype=dtype, device=self.device)
-        self._exact_value = torch.zeros(*slots, value_head_dim, dtype=dtype, device=self.device)
+        self._exact_key = torch.empty(*slots, head_dim, dtype=dtype, device=self.device)
+        self._exact_value = torch.empty(*slots, value_head_dim, dtype=dtype, device=self.device)
+        zero((self._exact_key, self._exact_value))
         self._length = torch.zeros(batch_size, dtype=torch.int64, device=self.device)
-        self._packed = self._length.clone()
+        # Those of a growing cache are only replaced.
+        self._packed = self._length if max_length is None else self._length.clone()
         self._smooth = new_smooth(spec, self._exact_key, self._exact_value)
         self.steps: steps.Steps | None = None  # of layers that make them alike
         self._host: Counts | None = ([0] * batch_size, [0] * batch_size)
         self._captured = False
-        self._write_table()
+        if max_length is not None:
+            self._write_table()
 
     def lengths(self) -> list[int]:
         """Tokens held by each row (reads the device after compiled steps)."""
@@ -103,7 +107,8 @@ class LayerCache:
         of_tokens = (self._exact_key, self._exact_value)
         exact = (sum(lengths) - sum(packed)) * sum(t[0, :, 0].nbytes for t in of_tokens)
         exact += sum(t.nbytes for t in (self._table, self._length, self._packed, self._smooth))
-        own = sum(getattr(self, name).nbytes for name in (*_OF_ROWS, "_table"))
+        held = [getattr(self, name) for name in (*_OF_ROWS, "_table")]
+        own = sum({id(x): x.nbytes for x in held}.values())  # counters may be the same
         return CacheBytes(self._pages.pool.nbytes + own, self._pages.used_nbytes(packed) + exact)
 
     def dequantize(self) -> tuple[Tensor, Tensor]:
@@ -312,12 +317,16 @@ class LayerCache:
     @torch.inference_mode(False)
     def _write_table(self) -> None:
         """Write the block table; with a max_length, tell torch.compile that tensors stay put."""
-        table = self._pages.tensor(self.device)
+        if self.max_length is None:
+            make = table_of if self.steps is None else self.steps.table
+            self._table = make(self._pages.padded(), self.device)
+            return
+        table = table_of(self._pages.padded(), self.device)
         if table.shape == self._table.shape:
             self._table.copy_(table)
         else:
             self._table = table
-        for tensor in self._view().tensors() if self.max_length is not None else ():
+        for tensor in self._view().tensors():
             torch._dynamo.mark_static_address(tensor)
 
     def _check(self, k: Tensor, v: Tensor, valid: Tensor | None) -> bool:

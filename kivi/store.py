@@ -167,7 +167,9 @@ def _pack_alike(
     if start + head < end:
         page = view.table[:, page_count(start) : page_count(end)]
         rest = [x[:, :, head:] for x in body]
-        _pack_pages(view, spec, rest, begin + head, page, quantize_pack)
+        assert step.zeros is not None
+        zeros = step.zeros[:, : page.shape[1]]
+        _pack_pages(view, spec, rest, begin + head, page, zeros, quantize_pack)
 
 
 def _pack_pages(
@@ -176,6 +178,7 @@ def _pack_pages(
     sources: Sequence[Tensor],
     begin: int,
     page: Tensor,
+    zeros: Tensor,
     quantize_pack: Callable[..., None],
 ) -> None:
     """Quantize and pack tokens from the start of a page on, a page at a time.
@@ -189,6 +192,7 @@ def _pack_pages(
         sources: keys and values `[B, Hkv, T, D]`, and their weights if there are any.
         begin: their first token in its row.
         page: `[B, n]`.
+        zeros: `[B, n]`, where in its page each run begins.
         quantize_pack: the operator.
     """
     n, factors, specs = page.shape[1], smooth_factors(view, spec), (spec.key, spec.value)
@@ -200,8 +204,7 @@ def _pack_pages(
         if first == whole:  # one page
             parts = [F.pad(x, (0, 0, 0, PAGE_TOKENS - x.shape[2])) for x in parts]
         runs = [x.unflatten(2, (last - first, -1)).transpose(1, 2) for x in parts]
-        where = page[:, first:last]
-        start, told = torch.zeros_like(where), list[Tensor]()
+        where, start, told = page[:, first:last], zeros[:, first:last], list[Tensor]()
         if any(map(is_told, specs)):
             number = torch.arange(first, last, device=page.device)
             told = [(begin + number * PAGE_TOKENS).expand_as(where), *runs[2:]]
