@@ -70,9 +70,7 @@ def _triton_ops(
             triton.prepare(spec, head_dims, device)
     fused = head_dims is None or triton.packs(spec, head_dims)
     quantize_pack = triton.quantize_pack if fused else reference.quantize_pack
-    return Ops(
-        quantize_pack, triton.decode_attention, triton.extend_attention, triton.write_new
-    )
+    return Ops(quantize_pack, triton.decode_attention, triton.extend_attention, triton.write_new)
 
 
 def why_not_fused(spec: KVSpec, head_dim: int, dtype: torch.dtype) -> str | None:

@@ -56,15 +56,25 @@ def _alike(k: object, v: object, key: Tensor, value: Tensor) -> bool:
 
 
 def check_new_tokens(
-    k: Tensor, v: Tensor, valid: Tensor | None, like: tuple[Tensor, Tensor]
-) -> None:
-    """Raise a ValueError unless new keys and values fit a cache.
+    k: Tensor,
+    v: Tensor,
+    valid: Tensor | None,
+    like: tuple[Tensor, Tensor],
+    static: bool,
+    finite: bool,
+) -> bool:
+    """Raise a ValueError unless new keys and values fit a cache, and the call, if it is traced.
 
     Args:
         k: must be `[B, Hkv, T, D]`.
         v: must be `[B, Hkv, T, Dv]`.
         valid: must be `[B, T]` bool, or None.
         like: the cache's exact keys `[B, Hkv, E, D]` and values `[B, Hkv, E, Dv]`.
+        static: whether the cache has a size.
+        finite: whether NaN and infinities are refused (reads the device).
+
+    Returns:
+        What `tracing` says.
     """
     for name, x, own in (("k", k, like[0]), ("v", v, like[1])):
         if _alike(k, v, *like):
@@ -78,13 +88,18 @@ def check_new_tokens(
         raise ValueError(
             f"{name} {_describe(x)}; it must be {(b, heads, t, d)}, {own.dtype} and {own.device}"
         )
-    if valid is None:
-        return
-    shapes = ((k.shape[0], k.shape[2]),)
-    if not _is(valid, shapes, (torch.bool,), k.device):
-        raise ValueError(
-            f"valid {_describe(valid)}; it must be {shapes[0]}, torch.bool and {k.device}"
-        )
+    if valid is not None:
+        shape = k.shape[0], k.shape[2]
+        if not _is(valid, (shape,), (torch.bool,), k.device):
+            raise ValueError(
+                f"valid {_describe(valid)}; it must be {shape}, torch.bool and {k.device}"
+            )
+    traced = tracing()
+    if traced and (finite or not static):
+        raise ValueError("to compile, give a max_length and leave check_finite=False")
+    for name, x in (("k", k), ("v", v)) if finite else ():
+        check_finite_tensor(name, x if valid is None else x.transpose(1, 2)[valid])
+    return traced
 
 
 def _is(

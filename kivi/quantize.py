@@ -92,6 +92,13 @@ def zero(tensors: Iterable[Tensor | None]) -> None:
         torch._foreach_zero_([x for x in found if x.dtype == dtype])
 
 
+def zeros(shapes: list[tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """Zeroed tensors of one dtype; see `zero`."""
+    made = [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
+    zero(made)
+    return made
+
+
 def empty_pages(
     spec: Spec | None,
     pages: int,

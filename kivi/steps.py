@@ -186,21 +186,27 @@ class Steps:
 
     Every operation costs the host as much as a layer's attention takes. No layer may write to its
     counters or its block table then, only replace them: they are the same tensors in all layers.
+
+    Args:
+        remembers: False for a layer of its own.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, remembers: bool = True) -> None:
+        self._remembers = remembers
         self._last: dict[Hashable, tuple[Counts, int, tuple[Step, Counts]]] = {}
         self._table: dict[torch.device, tuple[list[list[int]], Tensor]] = {}
 
     def table(self, padded: list[list[int]], device: torch.device) -> Tensor:
         """What `table_of` says."""
+        if not self._remembers:
+            return table_of(padded, device)
         last = self._table.get(device)
         if last is None or last[0] != padded:
             last = self._table[device] = padded, table_of(padded, device)
         return last[1]
 
-    def __reduce__(self) -> tuple[type[Steps], tuple[()]]:
-        return Steps, ()
+    def __reduce__(self) -> tuple[type[Steps], tuple[bool]]:
+        return Steps, (self._remembers,)
 
     def next(
         self,
@@ -212,7 +218,7 @@ class Steps:
         max_length: int | None,
     ) -> tuple[Step, Counts]:
         """What `next_step` says."""
-        if valid is not None or max_length is not None:
+        if valid is not None or max_length is not None or not self._remembers:
             return next_step(held, spec, counts, t, valid, max_length)
         kind = held[0].device, spec.sink_length, spec.residual_length, spec.unit
         last = self._last.get(kind)

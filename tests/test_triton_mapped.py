@@ -18,7 +18,7 @@ from test_triton_decode import (  # noqa: F401
 
 from kivi import KVQuantizer, KVSpec, LayerCache, QuantSpec, store
 from kivi.attention import get_ops
-from kivi.kernels import reference, triton_extend_portable, triton_mapped
+from kivi.kernels import reference, triton_decode, triton_extend_portable, triton_mapped
 from kivi.kernels.reference import exact_positions
 from kivi.kernels.triton_decode import decode_attention
 from kivi.kernels.triton_extend import extend_attention

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache, lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -194,7 +194,10 @@ def _plan(
     if single:
         programs = units
     if mapped is None:
-        offsets = [1.0 if x else -symmetric_offset(n) for x, n in zip((key_zero, value_zero), bits, strict=True)]
+        offsets = [
+            1.0 if x else -symmetric_offset(n)
+            for x, n in zip((key_zero, value_zero), bits, strict=True)
+        ]
         how = (False, 0, 1, 1, False, False)
     else:
         offsets = [*mapped.zero]
@@ -270,7 +273,8 @@ def decode(
     # Sizes one by one: a tuple takes longer.
     lse = torch.empty(shape[0], shape[1], shape[2], dtype=torch.float32, device=device)
     parts = lse if merge is None else torch.empty(size, dtype=torch.float32, device=device)
-    key_zero, value_zero = key[2] if zeros[0] else key[1], value[2] if zeros[1] else value[1]
+    key_zero = key[1] if key[2] is None else key[2]
+    value_zero = value[1] if value[2] is None else value[2]
     tensors = (q, key[0], key[1], key_zero, value[0], value[1], value_zero, *state, parts)
     with on_device(device):
         if main.compiled is None or (merge is not None and merge.compiled is None):
@@ -279,7 +283,7 @@ def decode(
             if merge is not None:
                 merge.first(parts, sums, state[1], state[4], out, lse, s_aux)
             return out, lse
-        current, a = stream(device), [*map(Tensor.data_ptr, tensors)]
+        current, a = stream(device), list[Any](map(Tensor.data_ptr, tensors))
         ends = out.data_ptr(), lse.data_ptr(), None if s_aux is None else s_aux.data_ptr()
         parts_at, packed_at, length_at = a[13], a[8], a[11]
         sums = parts_at + 4 * sums_at

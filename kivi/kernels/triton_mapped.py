@@ -74,7 +74,9 @@ def _attend(
     if all(plain) and centers[0] == centers[1]:
         kind = triton_fast.kind(formats, sinks, mapped._replace(center=centers[0]))
         own = (*key[:2], key[3]), (*value[:2], value[3])
-        out = triton_fast.decode(q, *own, state, s_aux, kind, *options[1:], smooth)
+        out = triton_fast.decode(
+            q, *own, state, s_aux, kind, scale, sliding_window, softcap, smooth
+        )
         if out is not None:
             return out
     b, d = q.shape[0], q.shape[3]
@@ -253,7 +255,9 @@ def mapped_attention(
     if short:
         if known.kind is not None:
             own = (key[0], key[1], key[3]), (value[0], value[1], value[3])
-            out = triton_fast.decode(q, *own, state, s_aux, known.kind, *options[1:], smooth)
+            out = triton_fast.decode(
+                q, *own, state, s_aux, known.kind, scale, sliding_window, softcap, smooth
+            )
             if out is not None:
                 return out
         return _attend(q, key, value, state, smooth, s_aux, formats, mapped, *options)

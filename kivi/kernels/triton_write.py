@@ -90,9 +90,7 @@ def _launch(
     return Launch(write_tokens, (blocks * b * heads, 1, 1), fixed, num_warps=1 if rows == 1 else 4)
 
 
-def write_new(
-    exact_key: Tensor, exact_value: Tensor, k: Tensor, v: Tensor, place: Any
-) -> bool:
+def write_new(exact_key: Tensor, exact_value: Tensor, k: Tensor, v: Tensor, place: Any) -> bool:
     """Put new tokens into exact slots, if that is known on the host and nobody looks on.
 
     Args:
