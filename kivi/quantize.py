@@ -86,10 +86,15 @@ def new_pages(
 
 
 def zero(tensors: Iterable[Tensor | None]) -> None:
-    """Zero tensors of one device: all of a dtype in one launch, which a short prompt waits for."""
-    found = [x for x in tensors if x is not None]
-    for dtype in dict.fromkeys(x.dtype for x in found):
-        torch._foreach_zero_([x for x in found if x.dtype == dtype])
+    """Zero tensors of one device, the small ones of a dtype in one launch (large ones take many)."""
+    small: dict[torch.dtype, list[Tensor]] = {}
+    for x in tensors:
+        if x is not None and x.numel() > 2**24:
+            x.zero_()
+        elif x is not None:
+            small.setdefault(x.dtype, []).append(x)
+    for group in small.values():
+        torch._foreach_zero_(group)
 
 
 def zeros(shapes: list[tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> list[Tensor]:

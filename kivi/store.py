@@ -129,6 +129,13 @@ def store(
         _enter(view, spec, k, v, step)
 
 
+def _part(x: Tensor, dim: int, first: int, last: int) -> Tensor:
+    """`x[first:last]` in dimension `dim`; itself if that is all: a view takes a while as well."""
+    size = x.shape[dim]
+    last = min(last, size)
+    return x if first == 0 and last == size else x.narrow(dim, first, last - first)
+
+
 def _pack_alike(
     view: CacheView,
     spec: KVSpec,
@@ -155,20 +162,20 @@ def _pack_alike(
     body = []
     for x, exact in ((k, view.exact_key), (v, view.exact_value)):
         parts = [exact.narrow(2, slot, count) for _, slot, count in places]
-        parts += [x[:, :, max(0, begin - length) :]] if t > SLACK else []
+        parts += [_part(x, 2, max(0, begin - length), t)] if t > SLACK else []
         body.append(parts[0] if len(parts) == 1 else torch.cat(parts, 2))
     find_smooth(view, spec, body, step.packed)
     body += [] if step.weigh is None else [step.weigh(body[0][:, :, : end - start], begin)]
     head = min(end, page_count(start) * PAGE_TOKENS) - start if t > SLACK else end - start
     if head:
-        units = [x[:, :, :head].unflatten(2, (-1, unit)) for x in body]
+        units = [_part(x, 2, 0, head).unflatten(2, (-1, unit)) for x in body]
         first = torch.arange(start, start + head, unit, device=k.device).expand(k.shape[0], -1)
         pack_units(view, spec, units, first, None, quantize_pack)
     if start + head < end:
-        page = view.table[:, page_count(start) : page_count(end)]
-        rest = [x[:, :, head:] for x in body]
+        page = _part(view.table, 1, page_count(start), page_count(end))
+        rest = [_part(x, 2, head, x.shape[2]) for x in body]
         assert step.zeros is not None
-        zeros = step.zeros[:, : page.shape[1]]
+        zeros = _part(step.zeros, 1, 0, page.shape[1])
         _pack_pages(view, spec, rest, begin + head, page, zeros, quantize_pack)
 
 
@@ -200,11 +207,12 @@ def _pack_pages(
     for first, last in ((0, whole), (whole, n)):
         if first == last:
             continue
-        parts = [x[:, :, first * PAGE_TOKENS : last * PAGE_TOKENS] for x in sources]
+        parts = [_part(x, 2, first * PAGE_TOKENS, last * PAGE_TOKENS) for x in sources]
         if first == whole:  # one page
             parts = [F.pad(x, (0, 0, 0, PAGE_TOKENS - x.shape[2])) for x in parts]
         runs = [x.unflatten(2, (last - first, -1)).transpose(1, 2) for x in parts]
-        where, start, told = page[:, first:last], zeros[:, first:last], list[Tensor]()
+        where, start = _part(page, 1, first, last), _part(zeros, 1, 0, last - first)
+        told = list[Tensor]()
         if any(map(is_told, specs)):
             number = torch.arange(first, last, device=page.device)
             told = [(begin + number * PAGE_TOKENS).expand_as(where), *runs[2:]]

@@ -14,6 +14,7 @@ from kivi import KVSpec, LayerCache, QuantSpec
 from kivi.kernels import triton_decode, triton_direct, triton_fast
 from kivi.kernels.triton_decode import decode_attention
 from kivi.kernels.triton_direct import direct
+from kivi.kernels.triton_mapped import known, read
 
 KIVI = KVSpec(QuantSpec(2, "channel", 32), QuantSpec(2, "token", 32), 32, 4)
 PLAIN = torch.ones(2, 3)
@@ -99,6 +100,16 @@ def test_numbers_are_those_that_the_operator_takes(monkeypatch: pytest.MonkeyPat
     layer, q, position = state()
     decode_attention(q, layer._view(), KIVI, position, 1, None, 3)
     assert [type(x) for x in given[0][-3:]] == [float, type(None), float]
+
+
+def test_specs_are_known_by_who_they_are() -> None:
+    """Not by where they lay: an id would be given to another one once they are gone."""
+    for n in range(200):
+        spec = KVSpec(QuantSpec(1 + n % 4, "channel", 32), QuantSpec(2, "token", 16), 32, n % 3)
+        for found, d in ((known(spec, 32, 32), 32), (known(spec, 64, 64), 64)):
+            assert found.spec is spec and found.formats == read(spec, d, d).formats
+            assert found.kind.formats == found.formats and found.kind.sinks == n % 3
+            assert known(spec, d, d) is found
 
 
 # ---------------------------------------------------------------- launches of the Gluon kernel
