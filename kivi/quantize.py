@@ -86,7 +86,7 @@ def new_pages(
 
 
 def zero(tensors: Iterable[Tensor | None]) -> None:
-    """Zero tensors of one device, the small ones of a dtype in one launch (large ones take many)."""
+    """Zero tensors of one device; small ones of a dtype in one launch, of which large take many."""
     small: dict[torch.dtype, list[Tensor]] = {}
     for x in tensors:
         if x is not None and x.numel() > 2**24:

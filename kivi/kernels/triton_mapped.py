@@ -45,10 +45,10 @@ def map_query(q: Tensor, smooth: Tensor | None, block: int) -> Tensor:
 
 def prepare(spec: KVSpec, head_dims: tuple[int, int], device: torch.device) -> None:
     """Make what calls with this spec need on a device."""
-    device = torch.empty(0, device=device).device  # as tensors name it
     for one, size in zip((spec.key, spec.value), head_dims, strict=True):
         if isinstance(one, QuantSpec) and one.block(size) > 1:
-            inverse(size, one.block(size), device)
+            # As tensors name the device.
+            inverse(size, one.block(size), torch.empty(0, device=device).device)
 
 
 def _attend(
