@@ -214,8 +214,9 @@ class Update:
         if reading is None:
             return None
         kind = q.device.type
-        # The second question is none that a compiler understands, and takes no time.
-        autocast = (self.traced or _is_any_autocast_enabled()) and torch.is_autocast_enabled(kind)
+        autocast = _is_any_autocast_enabled() and torch.is_autocast_enabled(
+            kind
+        )  # the first is fast
         with torch.autocast(kind, enabled=False) if autocast else _NOTHING:
             out = columns.cache.decode(
                 _as(q, self.k.dtype),
