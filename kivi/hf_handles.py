@@ -214,9 +214,7 @@ class Update:
         if reading is None:
             return None
         kind = q.device.type
-        autocast = _is_any_autocast_enabled() and torch.is_autocast_enabled(
-            kind
-        )  # the first is fast
+        autocast = _is_any_autocast_enabled() and torch.is_autocast_enabled(kind)
         with torch.autocast(kind, enabled=False) if autocast else _NOTHING:
             out = columns.cache.decode(
                 _as(q, self.k.dtype),

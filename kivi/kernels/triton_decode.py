@@ -15,7 +15,7 @@ from torch import Tensor
 from kivi.grids import symmetric_offset
 from kivi.kernels import triton_fast
 from kivi.kernels.triton_direct import direct
-from kivi.kernels.triton_mapped import known, mapped_attention, read
+from kivi.kernels.triton_mapped import mapped_attention, read, ready
 from kivi.kernels.triton_portable import INTERPRETED, portable
 from kivi.spec import KVSpec
 
@@ -145,18 +145,27 @@ def decode_attention(
         out `[B, Hq, T, Dv]` in q's dtype; log-sum-exp `[B, Hq, T]` float32.
     """
     short = direct(q, s_aux, cpu=INTERPRETED)
-    of_spec = known if short else read  # compilers complain of a cache in the way
-    found = of_spec(spec, q.shape[3], view[5].shape[3])
     # As the operator takes them: Triton compiles anew for numbers of other types.
     scale, softcap = float(scale), None if softcap is None else float(softcap)
+    if short:
+        shape, device, k, v = q.shape, q.device, view[0], view[1]
+        found, plan, third = ready(q, shape, device, view, spec, s_aux, softcap)
+        if plan is not None and sliding_window is None:
+            pages = (k[0], k[1], k[third[0]], v[0], v[1], v[third[1]])
+            others = (*pages, *view[2:7], query_position)
+            smooth = None if found.mapped is None else view[7]
+            return triton_fast.run(plan, q, shape, device, others, s_aux, smooth, scale, softcap)
+    else:  # compilers complain of a cache in the way
+        found = read(spec, q.shape[3], view[5].shape[3])
     if found.mapped is not None:
         options = (query_position, s_aux, scale, sliding_window, softcap)
         return mapped_attention(q, view, found, short, *options)
     key, value, state = view[0][:3], view[1][:3], (*view[2:7], query_position)
-    if short and found.kind is not None:
-        return _attend(q, key, value, state, s_aux, found.kind, scale, sliding_window, softcap)
-    of_spec_flat = (*found.formats[0], *found.formats[1], spec.sink_length)
+    if short:
+        kind = triton_fast.kind(found.formats, spec.sink_length, None)
+        return _attend(q, key, value, state, s_aux, kind, scale, sliding_window, softcap)
+    of_spec = (*found.formats[0], *found.formats[1], spec.sink_length)
     out: tuple[Tensor, Tensor] = torch.ops.kivi.decode_attention(
-        q, *key, *value, *state, s_aux, *of_spec_flat, scale, sliding_window, softcap
+        q, *key, *value, *state, s_aux, *of_spec, scale, sliding_window, softcap
     )
     return out

@@ -248,24 +248,38 @@ def decode(
     """
     if sliding_window is not None:
         return None
-    device, shape, aux = q.device, q.shape, None if s_aux is None else s_aux.dtype
-    zeros = key[2] is not None, value[2] is not None
-    plan = _plan(
-        _gpu(device),
-        device,
-        q.dtype,
-        shape,
-        state[3].shape,
-        state[0].shape[1],
-        kind,
-        *zeros,
-        softcap is not None,
-        aux,
-    )
+    device, shape, zeros = q.device, q.shape, (key[2] is not None, value[2] is not None)
+    aux = None if s_aux is None else s_aux.dtype
+    shapes = (shape, state[3].shape, state[0].shape[1])
+    plan = _plan(_gpu(device), device, q.dtype, *shapes, kind, *zeros, softcap is not None, aux)
     if plan is None:
         return None
+    pages = (
+        *key[:2],
+        key[2] if zeros[0] else key[1],
+        *value[:2],
+        value[2] if zeros[1] else value[1],
+    )
+    return run(plan, q, shape, device, (*pages, *state), s_aux, smooth, scale, softcap)
+
+
+def run(
+    plan: Plan,
+    q: Tensor,
+    shape: tuple[int, ...],
+    device: torch.device,
+    others: tuple[Any, ...],
+    s_aux: Tensor | None,
+    smooth: Tensor | None,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Launch what is planned.
+
+    `shape`, `device`: the query's. `others`: words, scales and zeros of keys and of values (scales
+    again where there are none), and the state as in `decode`.
+    """
     main, merge, size, sums_at = plan
-    assert key[1] is not None and value[1] is not None
     # Alignment to 16 bytes is compiled in.
     if not q.is_contiguous() or q.data_ptr() % 16:
         q = q.clone(memory_format=torch.contiguous_format)
@@ -273,15 +287,13 @@ def decode(
     # Sizes one by one: a tuple takes longer.
     lse = torch.empty(shape[0], shape[1], shape[2], dtype=torch.float32, device=device)
     parts = lse if merge is None else torch.empty(size, dtype=torch.float32, device=device)
-    key_zero = key[1] if key[2] is None else key[2]
-    value_zero = value[1] if value[2] is None else value[2]
-    tensors = (q, key[0], key[1], key_zero, value[0], value[1], value_zero, *state, parts)
+    tensors = (q, *others, parts)
     with on_device(device):
         if main.compiled is None or (merge is not None and merge.compiled is None):
             sums = parts[sums_at:]
             main.first(*tensors, sums, out, lse, s_aux, smooth, scale, softcap)
             if merge is not None:
-                merge.first(parts, sums, state[1], state[4], out, lse, s_aux)
+                merge.first(parts, sums, others[7], others[10], out, lse, s_aux)
             return out, lse
         current, a = stream(device), list[Any](map(Tensor.data_ptr, tensors))
         ends = out.data_ptr(), lse.data_ptr(), None if s_aux is None else s_aux.data_ptr()

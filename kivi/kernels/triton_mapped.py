@@ -193,14 +193,12 @@ def mapping(spec: KVSpec, head_dim: int, value_head_dim: int) -> tuple[Formats, 
 class Known(NamedTuple):
     """What the kernels are told of a spec for these head dimensions, itself included.
 
-    `mapped`: None for plain formats; `kind`: None if `triton_fast` does not serve the spec, or
-    where nobody asks it.
+    `mapped`: None for plain formats.
     """
 
     spec: KVSpec
     formats: Formats
     mapped: triton_fast.Mapped | None
-    kind: triton_fast.Kind | None = None
 
 
 def read(spec: KVSpec, head_dim: int, value_head_dim: int) -> Known:
@@ -210,29 +208,69 @@ def read(spec: KVSpec, head_dim: int, value_head_dim: int) -> Known:
     return Known(spec, *mapping(spec, head_dim, value_head_dim))
 
 
-_KNOWN: dict[tuple[int, int, int], Known] = {}
+def _kind(known: Known) -> triton_fast.Kind | None:
+    """As which kind `triton_fast` serves a spec; None if it does not."""
+    spec, formats, mapped = known
+    if mapped is None:
+        return triton_fast.kind(formats, spec.sink_length, None)
+    both = [x for x in (spec.key, spec.value) if isinstance(x, QuantSpec) and not x.has_zero]
+    centers = [x.center or 0 for x in both]
+    if len(both) < 2 or centers[0] != centers[1]:
+        return None
+    return triton_fast.kind(formats, spec.sink_length, mapped._replace(center=centers[0]))
 
 
-def known(spec: KVSpec, head_dim: int, value_head_dim: int) -> Known:
-    """What `read` says, and the kind. A spec that is known stays alive: its id is nobody else's.
+class Ready(NamedTuple):
+    """What calls with one spec and tensors of the same shapes share; see `triton_fast.run`.
 
-    Specs are hashed and compared element by element, which takes as long as a launch.
+    `third`: where zeros or centers stand among a page's tensors, of keys and of values; where there
+    are none, scales.
     """
-    key = id(spec), head_dim, value_head_dim
-    found = _KNOWN.get(key)
+
+    known: Known
+    plan: triton_fast.Plan | None
+    third: tuple[int, int]
+
+
+_READY: dict[tuple[Any, ...], Ready] = {}
+
+
+def forget() -> None:
+    """Forget all plans."""
+    _READY.clear()
+    triton_fast._plan.cache_clear()
+
+
+def ready(
+    q: Tensor,
+    shape: tuple[int, ...],
+    device: torch.device,
+    view: Any,
+    spec: KVSpec,
+    s_aux: Tensor | None,
+    softcap: float | None,
+) -> Ready:
+    """How a call goes the short way. `shape`, `device`: the query's.
+
+    A spec that is known stays alive, so that its id is nobody else's: to hash and compare specs
+    takes as long as a launch.
+    """
+    key, value, gpu = view[0], view[1], triton_fast._gpu(device)
+    of_q, exact, columns = (device, q.dtype, shape), view[5].shape, view[2].shape[1]
+    options = softcap is not None, None if s_aux is None else s_aux.dtype
+    tensors = key[2] is not None, value[2] is not None, key[3] is not None, value[3] is not None
+    call = (id(spec), gpu, of_q, exact, columns, options, tensors)
+    found = _READY.get(call)
     if found is None:
-        found = read(spec, head_dim, value_head_dim)
-        formats, mapped = found.formats, found.mapped
-        both = [x for x in (spec.key, spec.value) if isinstance(x, QuantSpec) and not x.has_zero]
-        centers = [x.center or 0 for x in both]
-        if mapped is None:
-            found = found._replace(kind=triton_fast.kind(formats, spec.sink_length, None))
-        elif len(both) == 2 and centers[0] == centers[1]:
-            mapped = mapped._replace(center=centers[0])
-            found = found._replace(kind=triton_fast.kind(formats, spec.sink_length, mapped))
-        if len(_KNOWN) >= 4096:
-            _KNOWN.clear()
-        _KNOWN[key] = found
+        known, plan = read(spec, shape[3], exact[3]), None
+        kind, own = _kind(known), tensors[:2] if known.mapped is None else tensors[2:]
+        if kind is not None:
+            plan = triton_fast._plan(gpu, *of_q, exact, columns, kind, *own, *options)
+        at = 2 if known.mapped is None else 3
+        if len(_READY) >= 4096:
+            _READY.clear()
+        third = at if own[0] else 1, at if own[1] else 1
+        found = _READY[call] = Ready(known, plan, third)
     return found
 
 
@@ -253,13 +291,6 @@ def mapped_attention(
     options = (known.spec.sink_length, scale, sliding_window, softcap)
     assert mapped is not None
     if short:
-        if known.kind is not None:
-            own = (key[0], key[1], key[3]), (value[0], value[1], value[3])
-            out = triton_fast.decode(
-                q, *own, state, s_aux, known.kind, scale, sliding_window, softcap, smooth
-            )
-            if out is not None:
-                return out
         return _attend(q, key, value, state, smooth, s_aux, formats, mapped, *options)
     result: tuple[Tensor, Tensor] = torch.ops.kivi.mapped_attention(
         q,
