@@ -14,6 +14,7 @@ from torch import Tensor
 from kivi import checks, saliency, steps, store
 from kivi.attention import Impl, get_ops
 from kivi.pages import CacheBytes, PageTable
+from kivi.quantize import zeros
 from kivi.sinks import before_sinks, with_sinks
 from kivi.smoothing import new_smooth
 from kivi.spec import KVSpec, check_choice, check_count
@@ -79,15 +80,14 @@ class LayerCache:
         self._pages = PageTable(spec, *shape, *where, max_length, spec.narrow(sliding_window))
         self._table = torch.zeros(batch_size, 0, dtype=torch.int64, device=self.device)
         slots = (batch_size, num_kv_heads, spec.sink_length + steps.ring_slots(spec) + 1)
-        self._exact_key = torch.zeros(*slots, head_dim, dtype=dtype, device=self.device)
-        self._exact_value = torch.zeros(*slots, value_head_dim, dtype=dtype, device=self.device)
+        self._exact_key, self._exact_value = zeros([(*slots, d) for d in shape[2]], *where)
         self._length = torch.zeros(batch_size, dtype=torch.int64, device=self.device)
-        self._packed = self._length.clone()
+        self._packed = self._length if max_length is None else self._length.clone()  # see _count
         self._smooth = new_smooth(spec, self._exact_key, self._exact_value)
-        self.steps: steps.Steps | None = None  # of layers that make them alike
         self._host: Counts | None = ([0] * batch_size, [0] * batch_size)
-        self._captured = False
-        self._write_table()
+        self._captured, self.steps = False, steps.Steps(False)  # or one of layers that step alike
+        if max_length is not None:
+            self._write_table()
 
     def lengths(self) -> list[int]:
         """Tokens held by each row (reads the device after compiled steps)."""
@@ -103,7 +103,7 @@ class LayerCache:
         of_tokens = (self._exact_key, self._exact_value)
         exact = (sum(lengths) - sum(packed)) * sum(t[0, :, 0].nbytes for t in of_tokens)
         exact += sum(t.nbytes for t in (self._table, self._length, self._packed, self._smooth))
-        own = sum(getattr(self, name).nbytes for name in (*_OF_ROWS, "_table"))
+        own = sum({id(x := getattr(self, n)): x.nbytes for n in (*_OF_ROWS, "_table")}.values())
         return CacheBytes(self._pages.pool.nbytes + own, self._pages.used_nbytes(packed) + exact)
 
     def dequantize(self) -> tuple[Tensor, Tensor]:
@@ -133,14 +133,13 @@ class LayerCache:
     @torch.no_grad()
     def append(self, k: Tensor, v: Tensor, valid: Tensor | None = None) -> None:
         """Store T >= 0 more tokens of each row. Arguments and errors as in `prefill`."""
-        self._check(k, v, valid)
+        traced = self._check(k, v, valid)
         if k.shape[2]:
-            step, host = self._step(k.shape[2], valid)
+            step, host = self._step(k.shape[2], valid, traced)
             if k.shape[2] <= steps.SLACK:
-                store.write_new(self._view(), k, v, step)
-            self._store(k, v, valid, step, host)
+                store.write_new(self._view(), k, v, step, self._ops.write_new)
+            self._store(k, v, step, host)
 
-    @torch.no_grad()
     def decode(
         self,
         q: Tensor,
@@ -177,28 +176,33 @@ class LayerCache:
             ValueError: as `prefill`, for a q that does not fit k, and for a window longer than the
                 layer's.
         """
-        self._check(k, v, valid)
+        traced = self._check(k, v, valid)
         window = self.spec.narrow(checks.check_window(sliding_window, self.sliding_window))
         checks.check_query(q, k, mask, softcap, s_aux)
         b, _, t, d = k.shape
         if t == 0:
             return q.new_empty(b, q.shape[1], 0, self.value_head_dim)
+        if torch.is_grad_enabled():  # torch.no_grad() takes a while even where it changes nothing
+            q, k, v = q.detach(), k.detach(), v.detach()
+            s_aux = None if s_aux is None else s_aux.detach()
         scale = d**-0.5 if scale is None else scale
-        step, host = self._step(t, valid)
+        step, host = self._step(t, valid, traced)
         query = step.position if valid is None else step.position.clamp_min(0)
         options = (steps.needed(window, host, self.max_length), softcap, s_aux)
-        view, (query, mask) = self._view(), before_sinks(query, mask, self.spec, options[0])
+        query, mask = before_sinks(query, mask, self.spec, options[0])
+        fused = t <= steps.SLACK and mask is None
+        view = self._view(step.length if fused else None)
         if t <= steps.SLACK:
-            store.write_new(view, k, v, step)
-        if t <= steps.SLACK and mask is None:
-            view = self._view(step.length)
+            store.write_new(view, k, v, step, self._ops.write_new)
+        if fused:
             out, lse = self._ops.decode_attention(q, view, self.spec, query, scale, *options)
         else:
             past = None if self._is_empty() else view
             out, lse = self._ops.extend_attention(
                 q, k, v, past, self.spec, query, scale, valid, mask, *options
             )
-        self._store(k, v, valid, saliency.weighed(step, self.spec, q, scale), host)
+        step = saliency.weighed(step, self.spec, q, scale) if step.units else step
+        self._store(k, v, step, host)
         return with_sinks(out, lse, q, self._view(), self.spec, query, scale, *options[:2])
 
     @torch.inference_mode(False)
@@ -300,50 +304,46 @@ class LayerCache:
         return not checks.tracing() and not any(self._mirror()[0])
 
     def _view(self, length: Tensor | None = None) -> CacheView:
-        length = self._length if length is None else length
-        rows = (self._exact_key, self._exact_value, length, self._smooth)
-        return CacheView(*self._pages.pool.pages(), self._table, self._packed, *rows)
+        exact = (self._exact_key, self._exact_value, self._length if length is None else length)
+        return CacheView(*self._pages.pool.pages(), self._table, self._packed, *exact, self._smooth)
 
     @torch.inference_mode(False)
     def _write_table(self) -> None:
         """Write the block table; with a max_length, tell torch.compile that tensors stay put."""
-        table = self._pages.tensor(self.device)
-        if table.shape == self._table.shape:
+        table = self.steps.table(self._pages.padded(), self.device)
+        static = self.max_length is not None
+        if static and table.shape == self._table.shape:
             self._table.copy_(table)
         else:
-            self._table = table
-        for tensor in self._view().tensors() if self.max_length is not None else ():
+            self._table = table.clone() if static else table
+        for tensor in self._view().tensors() if static else ():
             torch._dynamo.mark_static_address(tensor)
 
-    def _check(self, k: Tensor, v: Tensor, valid: Tensor | None) -> None:
-        checks.check_new_tokens(k, v, valid, (self._exact_key, self._exact_value))
-        if checks.tracing() and (self.max_length is None or self.check_finite):
-            raise ValueError("to compile, give a max_length and leave check_finite=False")
-        for name, x in (("k", k), ("v", v)) if self.check_finite else ():
-            checks.check_finite_tensor(name, x if valid is None else x.transpose(1, 2)[valid])
+    def _check(self, k: Tensor, v: Tensor, valid: Tensor | None) -> bool:
+        """Refuses what does not fit; whether the call is traced."""
+        like, static = (self._exact_key, self._exact_value), self.max_length is not None
+        return checks.check_new_tokens(k, v, valid, like, static, self.check_finite)
 
-    def _step(self, t: int, valid: Tensor | None) -> tuple[Step, Counts | None]:
+    def _step(self, t: int, valid: Tensor | None, traced: bool) -> tuple[Step, Counts | None]:
         """What storing t columns will do, with pages reserved; refuses what does not fit."""
         held = self._length, self._packed
-        if checks.tracing():
+        if traced:
             return steps.traced_step(held, self.spec, t, valid, self.max_length), None
         if self._pages.rounds:  # a step that failed may have overwritten what is still seen
             self.check_crop(0)
-        state = (held, self.spec, self._mirror(), t, valid, self.max_length)
-        step, host = self.steps.next(*state) if self.steps else steps.next_step(*state)
+        step, host = self.steps.next(held, self.spec, self._mirror(), t, valid, self.max_length)
         if step.units and self._pages.reserve(host[1]):
             self._write_table()
         return step, host
 
-    def _store(
-        self, k: Tensor, v: Tensor, valid: Tensor | None, step: Step, host: Counts | None
-    ) -> None:
+    def _store(self, k: Tensor, v: Tensor, step: Step, host: Counts | None) -> None:
         """Store the columns; the counters, which make them count, change last."""
         if host is not None and self._pages.rounds:  # should packing fail, this much is gone
             self._pages.lost = self._pages.forgotten(host[1])
         if step.units or k.shape[2] > steps.SLACK:
             ring = self._pages.ring if self._pages.rounds else None
-            store.store(self._view(), self.spec, k, v, step, self._ops.quantize_pack, ring)
+            ops = self._ops.quantize_pack, ring, self._ops.write_new
+            store.store(self._view(), self.spec, k, v, step, *ops)
         self._count(step.length, step.packed if step.units else None)
         self._host = host
         if host is None and not torch.compiler.is_compiling():

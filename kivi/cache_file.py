@@ -91,8 +91,7 @@ def rebuild(
             x[target.to(x.device)] = tensors[name].to(x)[source.to(x.device)]
         for name, x in _of_rows(cache).items():
             x.copy_(tensors[name])
-        cache._length.copy_(torch.tensor(lengths))
-        cache._packed.copy_(torch.tensor(packed))
+        cache._count(*(torch.tensor(x, device=cache.device) for x in (lengths, packed)))
     cache._host = (list(lengths), list(packed))
     cache._write_table()
     return cache

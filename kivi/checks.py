@@ -45,34 +45,61 @@ def check_finite_tensor(name: str, x: Tensor) -> None:
         )
 
 
+def _alike(k: object, v: object, key: Tensor, value: Tensor) -> bool:
+    """Whether k and v are tensors that differ from a cache's keys and values in T alone."""
+    if not (isinstance(k, Tensor) and isinstance(v, Tensor)) or k.dim() != 4:
+        return False
+    (b, heads, _, d), shape, dtype, device = key.shape, k.shape, key.dtype, key.device
+    t = shape[2]
+    fits = shape == (b, heads, t, d) and v.shape == (b, heads, t, value.shape[3])
+    return fits and k.dtype == v.dtype == dtype and k.device == v.device == device
+
+
 def check_new_tokens(
-    k: Tensor, v: Tensor, valid: Tensor | None, like: tuple[Tensor, Tensor]
-) -> None:
-    """Raise a ValueError unless new keys and values fit a cache.
+    k: Tensor,
+    v: Tensor,
+    valid: Tensor | None,
+    like: tuple[Tensor, Tensor],
+    static: bool,
+    finite: bool,
+) -> bool:
+    """Raise a ValueError unless new keys and values fit a cache, and the call, if it is traced.
 
     Args:
         k: must be `[B, Hkv, T, D]`.
         v: must be `[B, Hkv, T, Dv]`.
         valid: must be `[B, T]` bool, or None.
         like: the cache's exact keys `[B, Hkv, E, D]` and values `[B, Hkv, E, Dv]`.
+        static: whether the cache has a size.
+        finite: whether NaN and infinities are refused (reads the device).
+
+    Returns:
+        What `tracing` says.
     """
     for name, x, own in (("k", k, like[0]), ("v", v, like[1])):
+        if _alike(k, v, *like):
+            break  # nothing else is asked for every token in every layer
         if not isinstance(x, Tensor) or x.dim() != 4:
             check_tensor(name, x)
         (b, heads, _, d), t = own.shape, k.shape[2]
         if x.shape == (b, heads, t, d) and x.dtype == own.dtype and x.device == own.device:
-            continue  # nothing else is asked for every token in every layer
+            continue
         check_tensor(name, x, d)
         raise ValueError(
             f"{name} {_describe(x)}; it must be {(b, heads, t, d)}, {own.dtype} and {own.device}"
         )
-    if valid is None:
-        return
-    shapes = ((k.shape[0], k.shape[2]),)
-    if not _is(valid, shapes, (torch.bool,), k.device):
-        raise ValueError(
-            f"valid {_describe(valid)}; it must be {shapes[0]}, torch.bool and {k.device}"
-        )
+    if valid is not None:
+        shape = k.shape[0], k.shape[2]
+        if not _is(valid, (shape,), (torch.bool,), k.device):
+            raise ValueError(
+                f"valid {_describe(valid)}; it must be {shape}, torch.bool and {k.device}"
+            )
+    traced = tracing()
+    if traced and (finite or not static):
+        raise ValueError("to compile, give a max_length and leave check_finite=False")
+    for name, x in (("k", k), ("v", v)) if finite else ():
+        check_finite_tensor(name, x if valid is None else x.transpose(1, 2)[valid])
+    return traced
 
 
 def _is(
@@ -97,7 +124,8 @@ def check_query(
         raise ValueError(f"softcap={softcap!r} is not allowed; it must be a positive number")
     b, hkv, t, d = k.shape
     heads = q.shape[1] if isinstance(q, Tensor) and q.dim() == 4 else 0
-    if heads == 0 or heads % hkv or not _is(q, ((b, heads, t, d),), (k.dtype,), k.device):
+    fits = heads > 0 and heads % hkv == 0 and q.shape == (b, heads, t, d)
+    if not fits or q.dtype != k.dtype or q.device != k.device:
         raise ValueError(
             f"q {_describe(q)}; "
             f"it must be [{b}, a multiple of {hkv}, {t}, {d}], {k.dtype} and {k.device}"

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C import _is_any_autocast_enabled
 from torch.utils._pytree import tree_map
 
 from kivi.cache import LayerCache
@@ -64,9 +65,10 @@ class Columns:
             raise ValueError(
                 f"input of {k.shape[0]} rows is not allowed; this cache has {self.cache.batch_size}"
             )
-        update = Update(self, _as(k, self.cache.dtype), _as(v, self.cache.dtype))
-        b, heads, t, d = update.k.shape
-        one = update.k.new_empty(()) if tracing() else self.stand_in()
+        traced, dtype = tracing(), self.cache.dtype
+        update = Update(self, _as(k, dtype), _as(v, dtype), traced)
+        b, heads, t, d = k.shape
+        one = update.k.new_empty(()) if traced else self.stand_in()
         key = value = one.expand(b, heads, self.total(t), d)
         if v.shape[3] != d:
             value = one.expand(b, heads, self.total(t), v.shape[3])
@@ -164,10 +166,11 @@ class Update:
         columns: the layer.
         k: `[B, Hkv, T, D]`.
         v: `[B, Hkv, T, Dv]`.
+        traced: whether this becomes a graph; asked once for an update.
     """
 
-    def __init__(self, columns: Columns, k: Tensor, v: Tensor) -> None:
-        self.columns, self.k, self.v = columns, k, v
+    def __init__(self, columns: Columns, k: Tensor, v: Tensor, traced: bool) -> None:
+        self.columns, self.k, self.v, self.traced = columns, k, v, traced
         self.stored = False
         self._dense: tuple[Tensor, Tensor] | None = None
 
@@ -211,7 +214,7 @@ class Update:
         if reading is None:
             return None
         kind = q.device.type
-        autocast = torch.is_autocast_enabled(kind)
+        autocast = _is_any_autocast_enabled() and torch.is_autocast_enabled(kind)
         with torch.autocast(kind, enabled=False) if autocast else _NOTHING:
             out = columns.cache.decode(
                 _as(q, self.k.dtype),
@@ -226,7 +229,7 @@ class Update:
             )
         out = _as(out, q.dtype)
         self.stored = True
-        if tracing():
+        if self.traced:
             columns.advance(t)
             return out
         columns.advance(t, None if reading.valid is None else (int(reading.before), reading.valid))

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from kivi.quantize import Pages, empty_pages
+from kivi.quantize import Pages, new_pages, zero
 from kivi.spec import PAGE_TOKENS, KVSpec
 
 CROP = 128
@@ -63,8 +63,10 @@ class PagePool:
     @torch.inference_mode(False)
     def _make(self, count: int) -> tuple[Pages, Pages]:
         spec, (heads, d, dv), where = self._format
-        key = empty_pages(spec.key, count, heads, d, *where)
-        return key, empty_pages(spec.value, count, heads, dv, *where)
+        key = new_pages(spec.key, count, heads, d, *where)
+        value = new_pages(spec.value, count, heads, dv, *where)
+        zero((*key, *value))
+        return key, value
 
     @property
     def page_nbytes(self) -> int:
@@ -293,14 +295,18 @@ class PageTable:
             return tokens % PAGE_TOKENS == 0 or i != full % self.ring
         return not self.rounds and i < full
 
-    def tensor(self, device: torch.device) -> torch.Tensor:
-        """`[B, n]` int64, padded with page 0."""
+    def padded(self) -> list[list[int]]:
+        """The pages of each row in their columns, padded with page 0 to the same number."""
         width, pairs = max(self.opened), zip(self.rows, self.opened, strict=True)
-        padded = [[r[c % self.ring] for c in range(n)] + [0] * (width - n) for r, n in pairs]
-        table = torch.tensor(padded, dtype=torch.int64).view(len(self.rows), width)
-        # Else the host would wait for the GPU here, in every layer of a prompt, and then the GPU
-        # for the host. CUDA has read pageable memory when the call returns.
-        return table.to(device, non_blocking=True)
+        return [[r[c % self.ring] for c in range(n)] + [0] * (width - n) for r, n in pairs]
+
+
+def table_of(padded: list[list[int]], device: torch.device) -> torch.Tensor:
+    """What `PageTable.padded` gives as `[B, n]` int64 on a device."""
+    table = torch.tensor(padded, dtype=torch.int64).view(len(padded), len(padded[0]))
+    # Else the host would wait for the GPU here, in every layer of a prompt, and then the GPU
+    # for the host. CUDA has read pageable memory when the call returns.
+    return table.to(device, non_blocking=True)
 
 
 def page_count(tokens: int) -> int:

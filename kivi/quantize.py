@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -48,7 +49,7 @@ class Pages(NamedTuple):
         return sum(t.nbytes for t in self if t is not None)
 
 
-def empty_pages(
+def new_pages(
     spec: Spec | None,
     pages: int,
     num_kv_heads: int,
@@ -56,13 +57,13 @@ def empty_pages(
     dtype: torch.dtype,
     device: torch.device | str | None = None,
 ) -> Pages:
-    """Zeroed pages for a spec (None: unquantized)."""
+    """Pages for a spec (None: unquantized) that are still to be zeroed."""
     if spec is None:
         shape = (pages, num_kv_heads, PAGE_TOKENS, head_dim)
-        return Pages(torch.zeros(shape, dtype=dtype, device=device), None, None)
+        return Pages(torch.empty(shape, dtype=dtype, device=device), None, None)
     if isinstance(spec, OpaqueSpec):
         shape = (pages, num_kv_heads, PAGE_TOKENS // spec.unit, spec.unit_nbytes(head_dim))
-        return Pages(torch.zeros(shape, dtype=torch.uint8, device=device), None, None)
+        return Pages(torch.empty(shape, dtype=torch.uint8, device=device), None, None)
     group = spec.group(head_dim)
     words = (pages, num_kv_heads, spec.bits, TILE_ROWS, head_dim)
     groups = (
@@ -72,16 +73,49 @@ def empty_pages(
     )
     meta = metadata_dtype(dtype)
 
-    def zeros(*shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=meta, device=device)
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=meta, device=device)
 
     return Pages(
-        torch.zeros(words, dtype=torch.int16, device=device),
-        zeros(*groups),
-        zeros(*groups) if spec.has_zero else None,
-        zeros(pages, num_kv_heads, PAGE_TOKENS // spec.center, head_dim) if spec.center else None,
-        zeros(pages, num_kv_heads, PAGE_TOKENS, 1) if spec.token_norm else None,
+        torch.empty(words, dtype=torch.int16, device=device),
+        empty(*groups),
+        empty(*groups) if spec.has_zero else None,
+        empty(pages, num_kv_heads, PAGE_TOKENS // spec.center, head_dim) if spec.center else None,
+        empty(pages, num_kv_heads, PAGE_TOKENS, 1) if spec.token_norm else None,
     )
+
+
+def zero(tensors: Iterable[Tensor | None]) -> None:
+    """Zero tensors of one device; small ones of a dtype in one launch, of which large take many."""
+    small: dict[torch.dtype, list[Tensor]] = {}
+    for x in tensors:
+        if x is not None and x.numel() > 2**24:
+            x.zero_()
+        elif x is not None:
+            small.setdefault(x.dtype, []).append(x)
+    for group in small.values():
+        torch._foreach_zero_(group)
+
+
+def zeros(shapes: list[tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """Zeroed tensors of one dtype; see `zero`."""
+    made = [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
+    zero(made)
+    return made
+
+
+def empty_pages(
+    spec: Spec | None,
+    pages: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device | str | None = None,
+) -> Pages:
+    """Zeroed pages for a spec (None: unquantized)."""
+    made = new_pages(spec, pages, num_kv_heads, head_dim, dtype, device)
+    zero(made)
+    return made
 
 
 class Unit(NamedTuple):

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kivi.pages import CROP
-from kivi.spec import TILE_ROWS, KVSpec, check_count
+from kivi.pages import CROP, page_count, table_of
+from kivi.spec import PAGE_TOKENS, TILE_ROWS, KVSpec, check_count
 
 SLACK = TILE_ROWS
 """Tokens that fit into the ring before a unit must have left it."""
@@ -33,7 +33,8 @@ class Step(NamedTuple):
     `stretches`, if the host knows them and they are those of all rows; else rows `[B, 1]` and slots
     `[B, T]` of up to SLACK columns, None for more. `before`: tokens and packed tokens that every
     row had, if the host knows that. Tensors may be views of the counters, and shared by layers:
-    none is written. `weigh` tells formats that ask for it which tokens matter (`kivi.saliency`).
+    none is written. `zeros [B, n]`, int64, if pages may be begun: for all pages that units enter.
+    `weigh` tells formats that ask for it which tokens matter (`kivi.saliency`).
     """
 
     position: Tensor
@@ -42,6 +43,7 @@ class Step(NamedTuple):
     units: int
     place: list[Stretch] | tuple[Tensor, Tensor] | None
     before: tuple[int, int] | None = None
+    zeros: Tensor | None = None
     weigh: Callable[[Tensor, Tensor | int], Tensor] | None = None
 
 
@@ -114,8 +116,12 @@ def plan(
     same = counts is not None and all(x.count(x[0]) == len(x) for x in counts)
     known = (counts[0][0], counts[1][0]) if counts is not None and same else None
     window = length - packed - (spec.sink_length + spec.residual_length)
-    leaving = window.clamp_min(0) // spec.unit * spec.unit
-    return Step(position, length, packed + leaving, units, place, known)
+    packed = packed + window.clamp_min(0) // spec.unit * spec.unit
+    zeros = None
+    if known is not None and t > SLACK:
+        pages = page_count(known[1] + units * spec.unit) - known[1] // PAGE_TOKENS
+        zeros = length.new_zeros(length.shape[0], pages)
+    return Step(position, length, packed, units, place, known, zeros)
 
 
 def plan_on_host(
@@ -179,14 +185,28 @@ class Steps:
     """Steps that the layers of a growing cache make alike, worked out by the first of them.
 
     Every operation costs the host as much as a layer's attention takes. No layer may write to its
-    counters then, only replace them: they are the same tensors in all layers.
+    counters or its block table then, only replace them: they are the same tensors in all layers.
+
+    Args:
+        remembers: False for a layer of its own.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, remembers: bool = True) -> None:
+        self._remembers = remembers
         self._last: dict[Hashable, tuple[Counts, int, tuple[Step, Counts]]] = {}
+        self._table: dict[torch.device, tuple[list[list[int]], Tensor]] = {}
 
-    def __reduce__(self) -> tuple[type[Steps], tuple[()]]:
-        return Steps, ()
+    def table(self, padded: list[list[int]], device: torch.device) -> Tensor:
+        """What `table_of` says."""
+        if not self._remembers:
+            return table_of(padded, device)
+        last = self._table.get(device)
+        if last is None or last[0] != padded:
+            last = self._table[device] = padded, table_of(padded, device)
+        return last[1]
+
+    def __reduce__(self) -> tuple[type[Steps], tuple[bool]]:
+        return Steps, (self._remembers,)
 
     def next(
         self,
@@ -198,7 +218,7 @@ class Steps:
         max_length: int | None,
     ) -> tuple[Step, Counts]:
         """What `next_step` says."""
-        if valid is not None or max_length is not None:
+        if valid is not None or max_length is not None or not self._remembers:
             return next_step(held, spec, counts, t, valid, max_length)
         kind = held[0].device, spec.sink_length, spec.residual_length, spec.unit
         last = self._last.get(kind)

@@ -23,10 +23,16 @@ def write_exact(view: CacheView, spec: KVSpec, k: Tensor, v: Tensor, position: T
     _write(view, k, v, (rows(position), slots(spec, position)))
 
 
-def write_new(view: CacheView, k: Tensor, v: Tensor, step: Step) -> None:
-    """Put new columns `[B, Hkv, T, D]` into the exact slots that the step knows."""
+def write_new(
+    view: CacheView, k: Tensor, v: Tensor, step: Step, write: Callable[..., bool] | None = None
+) -> None:
+    """Put new columns `[B, Hkv, T, D]` into the exact slots that the step knows.
+
+    `write` does it in one launch, or says that it cannot.
+    """
     assert step.place is not None
-    _write(view, k, v, step.place)
+    if write is None or not write(view.exact_key, view.exact_value, k, v, step.place):
+        _write(view, k, v, step.place)
 
 
 def _write(
@@ -84,6 +90,7 @@ def store(
     step: Step,
     quantize_pack: Callable[..., None],
     ring: int | None = None,
+    write: Callable[..., bool] | None = None,
 ) -> None:
     """Store T columns: units leave the window into pages, the new tokens enter it.
 
@@ -98,6 +105,7 @@ def store(
         quantize_pack: the operator.
         ring: a page is written again this many columns later; what would be lost so at once is
             not packed at all.
+        write: see `write_new`.
     """
     t, unit, sinks, units = k.shape[2], spec.unit, spec.sink_length, step.units
     if units and step.before is not None:
@@ -116,9 +124,16 @@ def store(
         sources = [x.unflatten(2, (units, unit)) for x in body]
         pack_units(view, spec, sources, first, first < step.packed[:, None], quantize_pack)
     if t > SLACK and step.place is not None:
-        write_new(view, k, v, step)
+        write_new(view, k, v, step, write)
     elif t > SLACK:
         _enter(view, spec, k, v, step)
+
+
+def _part(x: Tensor, dim: int, first: int, last: int) -> Tensor:
+    """`x[first:last]` in dimension `dim`; itself if that is all: a view takes a while as well."""
+    size = x.shape[dim]
+    last = min(last, size)
+    return x if first == 0 and last == size else x.narrow(dim, first, last - first)
 
 
 def _pack_alike(
@@ -147,19 +162,21 @@ def _pack_alike(
     body = []
     for x, exact in ((k, view.exact_key), (v, view.exact_value)):
         parts = [exact.narrow(2, slot, count) for _, slot, count in places]
-        parts += [x[:, :, max(0, begin - length) :]] if t > SLACK else []
+        parts += [_part(x, 2, max(0, begin - length), t)] if t > SLACK else []
         body.append(parts[0] if len(parts) == 1 else torch.cat(parts, 2))
     find_smooth(view, spec, body, step.packed)
     body += [] if step.weigh is None else [step.weigh(body[0][:, :, : end - start], begin)]
     head = min(end, page_count(start) * PAGE_TOKENS) - start if t > SLACK else end - start
     if head:
-        units = [x[:, :, :head].unflatten(2, (-1, unit)) for x in body]
+        units = [_part(x, 2, 0, head).unflatten(2, (-1, unit)) for x in body]
         first = torch.arange(start, start + head, unit, device=k.device).expand(k.shape[0], -1)
         pack_units(view, spec, units, first, None, quantize_pack)
     if start + head < end:
-        page = view.table[:, page_count(start) : page_count(end)]
-        rest = [x[:, :, head:] for x in body]
-        _pack_pages(view, spec, rest, begin + head, page, quantize_pack)
+        page = _part(view.table, 1, page_count(start), page_count(end))
+        rest = [_part(x, 2, head, x.shape[2]) for x in body]
+        assert step.zeros is not None
+        zeros = _part(step.zeros, 1, 0, page.shape[1])
+        _pack_pages(view, spec, rest, begin + head, page, zeros, quantize_pack)
 
 
 def _pack_pages(
@@ -168,6 +185,7 @@ def _pack_pages(
     sources: Sequence[Tensor],
     begin: int,
     page: Tensor,
+    zeros: Tensor,
     quantize_pack: Callable[..., None],
 ) -> None:
     """Quantize and pack tokens from the start of a page on, a page at a time.
@@ -181,6 +199,7 @@ def _pack_pages(
         sources: keys and values `[B, Hkv, T, D]`, and their weights if there are any.
         begin: their first token in its row.
         page: `[B, n]`.
+        zeros: `[B, n]`, where in its page each run begins.
         quantize_pack: the operator.
     """
     n, factors, specs = page.shape[1], smooth_factors(view, spec), (spec.key, spec.value)
@@ -188,12 +207,12 @@ def _pack_pages(
     for first, last in ((0, whole), (whole, n)):
         if first == last:
             continue
-        parts = [x[:, :, first * PAGE_TOKENS : last * PAGE_TOKENS] for x in sources]
+        parts = [_part(x, 2, first * PAGE_TOKENS, last * PAGE_TOKENS) for x in sources]
         if first == whole:  # one page
             parts = [F.pad(x, (0, 0, 0, PAGE_TOKENS - x.shape[2])) for x in parts]
         runs = [x.unflatten(2, (last - first, -1)).transpose(1, 2) for x in parts]
-        where = page[:, first:last]
-        start, told = torch.zeros_like(where), list[Tensor]()
+        where, start = _part(page, 1, first, last), _part(zeros, 1, 0, last - first)
+        told = list[Tensor]()
         if any(map(is_told, specs)):
             number = torch.arange(first, last, device=page.device)
             told = [(begin + number * PAGE_TOKENS).expand_as(where), *runs[2:]]

@@ -27,6 +27,7 @@ from kivi.kernels import (
     triton_portable,
     triton_quantize,
     triton_quantize_mapped,
+    triton_write,
 )
 from kivi.quantize import empty_pages
 
@@ -67,6 +68,8 @@ def become(target: GPUTarget) -> None:
     triton_quantize_mapped.FAST = nvidia
     triton_quantize_mapped._has_tensor_cores = lambda device: generation >= 9
     triton_quantize._has_pairs = lambda device: nvidia
+    here = triton_write.direct
+    triton_write.direct = lambda *x, cpu=False: here(*x, cpu=True)
     torch.cuda.device = lambda device: nullcontext()  # type: ignore[misc, assignment]
     triton_decode._library.impl("decode_attention", triton_decode._decode_attention, "CPU")
     triton_mapped._library.impl("mapped_attention", triton_mapped._mapped_attention, "CPU")
@@ -121,6 +124,15 @@ def pack(
     triton_quantize.quantize_pack(pages, spec, x, page, page, valid, factors)
 
 
+def write(rows: int, t: int, dtype: torch.dtype = torch.bfloat16) -> None:
+    """New tokens into exact slots, as a model lays keys and values out."""
+    exact = torch.zeros(rows, 2, 193, 128, dtype=dtype)
+    k = torch.zeros(rows, 2, t, 128, dtype=dtype)
+    v = torch.zeros(rows, t, 2, 128, dtype=dtype).transpose(1, 2)
+    last = min(t, 192)
+    triton_write.write_new(exact, exact.clone(), k, v, [(t - last, 0, last)])
+
+
 def few_calls() -> None:
     """Every kernel, and of each branch that a spec chooses some."""
     decode(KIVI, d=64)
@@ -143,6 +155,8 @@ def few_calls() -> None:
     pack(Q(8, "channel", 128, "symmetric"), 2, 1, 128, torch.float32)
     pack(None, 1, 2, 512)
     pack(PLUMB, 2, 2, 512, smooth=True)
+    write(2, 1)
+    write(1, 600, torch.float32)
 
 
 def many_calls() -> None:
@@ -165,6 +179,8 @@ def many_calls() -> None:
         pack(Q(2, "channel", 32), batch, 1, 32)
         pack(Q(2, "token", 32), batch, 1, 32)
         pack(PLUMB, batch, 1, 128, smooth=True)
+        for t in (1, 2, 15, 16, 17, 600, 1024):
+            write(batch, t)
 
 
 def recorded(calls: Callable[[], None]) -> dict[str, dict[str, tuple]]:

@@ -125,8 +125,10 @@ def test_what_one_layer_does_stays_with_it(action: str) -> None:
         layer.append(*tokens(layer, 66), torch.arange(66) >= torch.tensor([[9], [0], [40]]))
         layer.append(*tokens(layer, 1))
     one, other = layers
-    assert one._length is other._length
+    assert one._length is other._length and one._table is other._table
+    table = other._table.clone()
     act(one, action, 7)
+    assert torch.equal(other._table, table)
     assert one._length.tolist() == one.lengths() and one._packed.tolist() == one.packed_lengths()
     assert other._length.tolist() == other.lengths() == [58, 67, 27]
     assert other._packed.tolist() == other.packed_lengths() == [0, 32, 0]

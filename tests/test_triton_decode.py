@@ -82,7 +82,7 @@ def state(
     if longest:
         valid = torch.arange(longest, device=DEVICE) < torch.tensor(lengths, device=DEVICE)[:, None]
         layer.append(k[:, :, :longest], v[:, :, :longest], valid)
-    step, _ = layer._step(t, None)
+    step, _ = layer._step(t, None, False)
     store.write_exact(layer._view(), spec, k[:, :, longest:], v[:, :, longest:], step.position)
     view = layer._view()._replace(length=step.length)
     poison(view, spec)

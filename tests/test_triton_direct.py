@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 from kivi import KVSpec, LayerCache, QuantSpec
-from kivi.kernels import triton_decode, triton_direct, triton_fast
+from kivi.kernels import triton_decode, triton_direct, triton_fast, triton_mapped
 from kivi.kernels.triton_decode import decode_attention
 from kivi.kernels.triton_direct import direct
 
@@ -101,6 +101,17 @@ def test_numbers_are_those_that_the_operator_takes(monkeypatch: pytest.MonkeyPat
     assert [type(x) for x in given[0][-3:]] == [float, type(None), float]
 
 
+def test_specs_are_known_by_who_they_are() -> None:
+    """Not by where they lay: an id would be given to another one once they are gone."""
+    layer, q, _ = state()
+    view = layer._view()
+    for n in range(200):
+        spec = KVSpec(QuantSpec(1 + n % 4, "channel", 32), QuantSpec(2, "token", 16), 32, n % 3)
+        found = triton_mapped.ready(q, q.shape, q.device, view, spec, None, None)
+        assert found.known == triton_mapped.read(spec, 32, 32) and found.known.spec is spec
+        assert triton_mapped.ready(q, q.shape, q.device, view, spec, None, None) is found
+
+
 # ---------------------------------------------------------------- launches of the Gluon kernel
 
 
@@ -145,14 +156,14 @@ class Kernel:
 def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Call]]:
     """Launches on a GPU of 132 multiprocessors whose current stream is 5."""
     made: list[Call] = []
-    triton_fast._plan.cache_clear()
+    triton_mapped.forget()
     for name in ("decode_kernel", "combine_kernel"):
         monkeypatch.setattr(triton_fast, name, Kernel(name, made))
     monkeypatch.setattr(triton_fast, "_gpu", lambda device: (132, 232448, 9))
     monkeypatch.setattr(triton_fast, "on_device", lambda device: triton_direct._HERE)
     monkeypatch.setattr(triton_fast, "stream", lambda device: 5)
     yield made
-    triton_fast._plan.cache_clear()
+    triton_mapped.forget()
 
 
 def addresses(call: Call) -> tuple[Any, ...]:

@@ -54,9 +54,9 @@ def become(monkeypatch: pytest.MonkeyPatch) -> Iterator[Become]:
         launched.clear()
         return launched
 
-    triton_fast._plan.cache_clear()
+    triton_mapped.forget()
     yield chosen
-    triton_fast._plan.cache_clear()
+    triton_mapped.forget()
 
 
 CASES: dict[str, dict[str, Any]] = {

@@ -20,12 +20,13 @@ from test_triton_extend import kernel  # noqa: F401
 
 from kivi import KVQuantizer, KVSpec, LayerCache, QuantSpec, store
 from kivi.attention import get_ops
-from kivi.kernels import reference, triton_extend_portable, triton_mapped
+from kivi.kernels import reference, triton_decode, triton_extend_portable, triton_mapped
 from kivi.kernels.reference import exact_positions
 from kivi.kernels.triton_decode import decode_attention
 from kivi.kernels.triton_extend import extend_attention
 from kivi.kernels.triton_formats import is_plain, supports
 from kivi.kernels.triton_quantize import quantize_pack
+from kivi.kernels.triton_write import write_new
 from kivi.packing import unpack
 from kivi.transforms import inverse_hadamard
 
@@ -95,7 +96,7 @@ def check(
     k, v = k.to(dtype), v.to(dtype)
     valid = torch.arange(longest, device=DEVICE) < torch.tensor(lengths, device=DEVICE)[:, None]
     layer.append(k[:, :, :longest], v[:, :, :longest], valid)
-    step, _ = layer._step(t, None)
+    step, _ = layer._step(t, None, False)
     store.write_exact(layer._view(), spec, k[:, :, longest:], v[:, :, longest:], step.position)
     view = layer._view()._replace(length=step.length)
     position, visible = exact_positions(view, spec.sink_length)
@@ -251,7 +252,7 @@ def test_operator_is_registered_soundly(monkeypatch: pytest.MonkeyPatch) -> None
     calls = []
     op = torch.ops.kivi.mapped_attention
     with monkeypatch.context() as patch:
-        patch.setattr(triton_mapped, "direct", lambda *_, **__: False)
+        patch.setattr(triton_decode, "direct", lambda *_, **__: False)
         patch.setattr(torch.ops.kivi, "mapped_attention", lambda *a: calls.append(a) or op(*a))
         check(SPECS["plumb"], [200])
     torch.library.opcheck(
@@ -284,7 +285,7 @@ def test_what_is_served_by_what() -> None:
     assert "center=16" in str(supports(small, None, 64, 64, HALF))
     device = torch.device(DEVICE)
     ops = get_ops("triton", plumb, (64, 64), HALF, device)
-    assert ops == (quantize_pack, decode_attention, extend_attention)
+    assert ops == (quantize_pack, decode_attention, extend_attention, write_new)
     rotated = KVSpec(ROTATED, ROTATED)
     with pytest.raises(ValueError, match="impl='triton' cannot serve"):
         get_ops("triton", rotated, (64, 64), HALF, device)

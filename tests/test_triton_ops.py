@@ -19,6 +19,7 @@ from kivi.quantize import empty_pages
 pytest.importorskip("triton")
 KIVI = KVSpec(QuantSpec(2, "channel", 32), QuantSpec(2, "token", 32), 32, 4)
 PORTABLE = {"attend", "extend", "combine", "quantize_tiles", "quantize_mapped", "copy_tokens"}
+PORTABLE |= {"write_tokens"}
 NVIDIA = PORTABLE | {"decode_kernel", "combine_kernel"}
 HOPPER = NVIDIA - {"extend"} | {"extend_hopper"}
 

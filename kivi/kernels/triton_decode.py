@@ -7,7 +7,6 @@ for packed tokens that were mapped (rotated, smoothed) or centered before they w
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -16,8 +15,7 @@ from torch import Tensor
 from kivi.grids import symmetric_offset
 from kivi.kernels import triton_fast
 from kivi.kernels.triton_direct import direct
-from kivi.kernels.triton_formats import Formats, flat, is_plain
-from kivi.kernels.triton_mapped import mapped_attention
+from kivi.kernels.triton_mapped import mapped_attention, read, ready
 from kivi.kernels.triton_portable import INTERPRETED, portable
 from kivi.spec import KVSpec
 
@@ -28,18 +26,16 @@ def _attend(
     value: tuple[Tensor, Tensor | None, Tensor | None],
     state: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor],
     s_aux: Tensor | None,
-    formats: Formats,
-    sinks: int,
+    kind: triton_fast.Kind,
     scale: float,
     sliding_window: int | None,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    if q.stride(3) != 1:
-        q = q.contiguous()
-    options = (sinks, scale, sliding_window, softcap)
-    out = triton_fast.decode(q, key, value, state, s_aux, formats, *options)
+    options = (scale, sliding_window, softcap)
+    out = triton_fast.decode(q, key, value, state, s_aux, kind, *options)
     if out is not None:
         return out
+    q, formats = q if q.stride(3) == 1 else q.contiguous(), kind.formats
     return portable(
         q,
         q,
@@ -48,6 +44,7 @@ def _attend(
         (*state, s_aux),
         formats,
         (symmetric_offset(formats[0][0] or 1), symmetric_offset(formats[1][0] or 1)),
+        kind.sinks,
         *options,
     )
 
@@ -84,8 +81,11 @@ def _decode_attention(
         (value_words, value_scale, value_zero),
         (table, packed, exact_key, exact_value, length, query_position),
         s_aux,
-        ((key_bits, key_channel, key_group), (value_bits, value_channel, value_group)),
-        sinks,
+        triton_fast.kind(
+            ((key_bits, key_channel, key_group), (value_bits, value_channel, value_group)),
+            sinks,
+            None,
+        ),
         scale,
         sliding_window,
         softcap,
@@ -117,16 +117,6 @@ if INTERPRETED:
 torch.library.register_fake("kivi::decode_attention", _fake, lib=_library)
 
 
-def _formats(spec: KVSpec, head_dim: int, value_head_dim: int) -> Formats | None:
-    """Of keys, then of values, what `flat` says; None if the kernels here do not take them."""
-    if is_plain(spec.key) and is_plain(spec.value):
-        return flat(spec.key, head_dim), flat(spec.value, value_head_dim)
-    return None
-
-
-_known_formats = lru_cache(1024)(_formats)
-
-
 def decode_attention(
     q: Tensor,
     view: Any,
@@ -155,19 +145,27 @@ def decode_attention(
         out `[B, Hq, T, Dv]` in q's dtype; log-sum-exp `[B, Hq, T]` float32.
     """
     short = direct(q, s_aux, cpu=INTERPRETED)
-    of_spec = _known_formats if short else _formats  # compilers complain of a cache in the way
-    formats = of_spec(spec, q.shape[3], view.exact_value.shape[3])
-    if formats is None:
-        return mapped_attention(
-            q, view, spec, query_position, s_aux, scale, sliding_window, softcap
-        )
-    key, value, state = view.key[:3], view.value[:3], (*view[2:7], query_position)
     # As the operator takes them: Triton compiles anew for numbers of other types.
     scale, softcap = float(scale), None if softcap is None else float(softcap)
-    options = (spec.sink_length, scale, sliding_window, softcap)
     if short:
-        return _attend(q, key, value, state, s_aux, formats, *options)
+        shape, device, k, v = q.shape, q.device, view[0], view[1]
+        found, plan, third = ready(q, shape, device, view, spec, s_aux, softcap)
+        if plan is not None and sliding_window is None:
+            pages = (k[0], k[1], k[third[0]], v[0], v[1], v[third[1]])
+            others = (*pages, *view[2:7], query_position)
+            smooth = None if found.mapped is None else view[7]
+            return triton_fast.run(plan, q, shape, device, others, s_aux, smooth, scale, softcap)
+    else:  # compilers complain of a cache in the way
+        found = read(spec, q.shape[3], view[5].shape[3])
+    if found.mapped is not None:
+        options = (query_position, s_aux, scale, sliding_window, softcap)
+        return mapped_attention(q, view, found, short, *options)
+    key, value, state = view[0][:3], view[1][:3], (*view[2:7], query_position)
+    if short:
+        kind = triton_fast.kind(found.formats, spec.sink_length, None)
+        return _attend(q, key, value, state, s_aux, kind, scale, sliding_window, softcap)
+    of_spec = (*found.formats[0], *found.formats[1], spec.sink_length)
     out: tuple[Tensor, Tensor] = torch.ops.kivi.decode_attention(
-        q, *key, *value, *state, s_aux, *formats[0], *formats[1], *options
+        q, *key, *value, *state, s_aux, *of_spec, scale, sliding_window, softcap
     )
     return out

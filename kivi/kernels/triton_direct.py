@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
 import triton
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 from torch._C import (
     _get_tracing_state,
     _is_torch_function_mode_enabled,
     _len_torch_dispatch_stack,
 )
 from torch._C._functorch import peek_interpreter_stack
+from torch.compiler import is_compiling
 from triton import knobs
 from triton.runtime.driver import driver
 
@@ -32,7 +34,7 @@ def direct(*tensors: Tensor | None, cpu: bool = False) -> bool:
         cpu: serve tensors on the CPU as well.
     """
     if (
-        torch.compiler.is_compiling()
+        is_compiling()
         or _len_torch_dispatch_stack()
         or _is_torch_function_mode_enabled()
         or peek_interpreter_stack() is not None
@@ -44,26 +46,33 @@ def direct(*tensors: Tensor | None, cpu: bool = False) -> bool:
             continue
         if type(x) is not Tensor or not (x.is_cuda or (cpu and x.is_cpu)):
             return False
-        if x.requires_grad and torch.is_grad_enabled():
+        if x.requires_grad and is_grad_enabled():
             return False
     return True
 
 
+@cache
+def _alone() -> bool:
+    """Whether there is one GPU, which is always the current one then."""
+    return torch.cuda.device_count() == 1
+
+
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
     """Makes a GPU the current one; entering `torch.cuda.device` takes a while even if it is."""
-    return (
-        _HERE if driver.active.get_current_device() == device.index else torch.cuda.device(device)
-    )
+    here = _alone() or driver.active.get_current_device() == device.index
+    return _HERE if here else torch.cuda.device(device)
 
 
 def stream(device: torch.device) -> int:
     """The current stream of a GPU, as `Launch` takes it."""
-    return int(driver.active.get_current_stream(device.index))
+    found: int = driver.active.get_current_stream(device.index)
+    return found
 
 
 def _hooked() -> bool:
     """Whether a profiler wants to hear of launches. Chains of hooks are always there."""
-    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    runtime = knobs.runtime
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
     return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
@@ -90,7 +99,7 @@ class Launch:
         self.compiled = self.kernel[self.grid](*arguments, *self.fixed, **self.options)
         self._launch = None
 
-    def again(self, stream: int, *arguments: Any) -> None:
+    def again(self, stream: int, arguments: Sequence[Any]) -> None:
         """Launch what `first` compiled; tensors as addresses, aligned as they were then."""
         if _hooked():
             self.compiled[self.grid](*arguments, *self.fixed, stream=stream)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache, lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,6 +43,22 @@ class Mapped(NamedTuple):
     block: tuple[int, int]
     smooth: tuple[bool, bool]
     zero: tuple[float, float]
+
+
+class Kind:
+    """What decides how a format is attended over; compared by identity, which takes no time.
+
+    Args:
+        formats: bits, whether per-channel and group size, of keys and of values.
+        sinks: S.
+        mapped: how tokens were mapped, if they were.
+    """
+
+    def __init__(self, formats: Formats, sinks: int, mapped: Mapped | None) -> None:
+        self.formats, self.sinks, self.mapped = formats, sinks, mapped
+
+
+kind = lru_cache(1024)(Kind)
 
 
 class Plan(NamedTuple):
@@ -132,11 +148,11 @@ def _plan(
     shape: tuple[int, ...],
     exact: tuple[int, ...],
     columns: int,
-    formats: Formats,
-    zeros: tuple[bool, bool],
-    sinks: int,
-    kind: tuple[bool, torch.dtype | None],
-    mapped: Mapped | None,
+    kind: Kind,
+    key_zero: bool,
+    value_zero: bool,
+    capped: bool,
+    aux: torch.dtype | None,
 ) -> Plan | None:
     """How a call is divided and launched; None if the kernel does not serve it.
 
@@ -147,13 +163,14 @@ def _plan(
         shape: `[B, Hq, T, D]`, of the queries.
         exact: `[B, Hkv, E, Dv]`, of the exact values.
         columns: of the block table.
-        formats: bits, whether per-channel and group size, of keys and of values.
-        zeros: whether keys and values have zeros.
-        sinks: S.
-        kind: whether there is no softcap, and the dtype of s_aux if there is one.
-        mapped: see `decode`.
+        kind: of the format.
+        key_zero: whether keys have zeros, or centers.
+        value_zero: likewise.
+        capped: whether there is a softcap, for which the kernel is compiled.
+        aux: dtype of s_aux if there is one, likewise.
     """
     (b, hq, t, d), (_, hkv, slots, dv) = shape, exact
+    formats, sinks, mapped = kind.formats, kind.sinks, kind.mapped
     rows, slots = hq // hkv * t, slots - 1
     multiprocessors, shared, major = gpu
     if not multiprocessors or not _serves(d, dv, dtype, rows, *formats, mapped):
@@ -181,7 +198,10 @@ def _plan(
     if single:
         programs = units
     if mapped is None:
-        offsets = [1.0 if x else -symmetric_offset(n) for x, n in zip(zeros, bits, strict=True)]
+        offsets = [
+            1.0 if x else -symmetric_offset(n)
+            for x, n in zip((key_zero, value_zero), bits, strict=True)
+        ]
         how = (False, 0, 1, 1, False, False)
     else:
         offsets = [*mapped.zero]
@@ -218,57 +238,73 @@ def decode(
     value: tuple[Tensor, Tensor | None, Tensor | None],
     state: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor],
     s_aux: Tensor | None,
-    formats: Formats,
-    sinks: int,
+    kind: Kind,
     scale: float,
     sliding_window: int | None,
     softcap: float | None,
-    mapped: Mapped | None = None,
     smooth: Tensor | None = None,
 ) -> tuple[Tensor, Tensor] | None:
     """What `triton_decode.decode_attention` says, or None if this kernel does not serve it.
 
     `key`, `value`: words, scale and zero of the pages; `state`: table, packed, exact_key,
-    exact_value, length and query_position; `formats`: bits, whether per-channel and group size, of
-    keys and of values. With `mapped` there are centers, if any, in place of zeros, and `smooth` is
-    what channels were divided by, `[B, Hkv, n]` float32.
+    exact_value, length and query_position. If tokens were mapped there are centers, if any, in
+    place of zeros, and `smooth` is what channels were divided by, `[B, Hkv, n]` float32.
     """
     if sliding_window is not None:
         return None
-    device, shape = q.device, q.shape
-    zeros = key[2] is not None, value[2] is not None
-    kind = softcap is None, None if s_aux is None else s_aux.dtype
+    device, shape, zeros = q.device, q.shape, (key[2] is not None, value[2] is not None)
+    aux = None if s_aux is None else s_aux.dtype
     shapes = (shape, state[3].shape, state[0].shape[1])
-    plan = _plan(_gpu(device), device, q.dtype, *shapes, formats, zeros, sinks, kind, mapped)
+    plan = _plan(_gpu(device), device, q.dtype, *shapes, kind, *zeros, softcap is not None, aux)
     if plan is None:
         return None
-    assert key[1] is not None and value[1] is not None
+    pages = (
+        *key[:2],
+        key[2] if zeros[0] else key[1],
+        *value[:2],
+        value[2] if zeros[1] else value[1],
+    )
+    return run(plan, q, shape, device, (*pages, *state), s_aux, smooth, scale, softcap)
+
+
+def run(
+    plan: Plan,
+    q: Tensor,
+    shape: tuple[int, ...],
+    device: torch.device,
+    others: tuple[Any, ...],
+    s_aux: Tensor | None,
+    smooth: Tensor | None,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Launch what is planned.
+
+    `shape`, `device`: the query's. `others`: words, scales and zeros of keys and of values (scales
+    again where there are none), and the state as in `decode`.
+    """
+    main, merge, size, sums_at = plan
     # Alignment to 16 bytes is compiled in.
-    q = q.contiguous() if q.data_ptr() % 16 == 0 else q.clone(memory_format=torch.contiguous_format)
+    if not q.is_contiguous() or q.data_ptr() % 16:
+        q = q.clone(memory_format=torch.contiguous_format)
     out = torch.empty_like(q)
     # Sizes one by one: a tuple takes longer.
     lse = torch.empty(shape[0], shape[1], shape[2], dtype=torch.float32, device=device)
-    main, merge, parts = plan.main, plan.merge, lse
-    if merge is not None:
-        parts = torch.empty(plan.size, dtype=torch.float32, device=device)
-    key_zero = key[1] if key[2] is None else key[2]
-    value_zero = value[1] if value[2] is None else value[2]
-    tensors = (q, key[0], key[1], key_zero, value[0], value[1], value_zero, *state, parts)
+    parts = lse if merge is None else torch.empty(size, dtype=torch.float32, device=device)
+    tensors = (q, *others, parts)
     with on_device(device):
         if main.compiled is None or (merge is not None and merge.compiled is None):
-            sums = parts[plan.sums :]
+            sums = parts[sums_at:]
             main.first(*tensors, sums, out, lse, s_aux, smooth, scale, softcap)
             if merge is not None:
-                merge.first(parts, sums, state[1], state[4], out, lse, s_aux)
+                merge.first(parts, sums, others[7], others[10], out, lse, s_aux)
             return out, lse
-        pointers = [*map(Tensor.data_ptr, tensors)]
-        rest = (
-            *(pointers[-1] + 4 * plan.sums, out.data_ptr(), lse.data_ptr()),
-            None if s_aux is None else s_aux.data_ptr(),
-        )
-        factors = None if smooth is None else smooth.data_ptr()
-        current = stream(device)
-        main.again(current, *pointers, *rest, factors, scale, softcap)
+        current, a = stream(device), list[Any](map(Tensor.data_ptr, tensors))
+        ends = out.data_ptr(), lse.data_ptr(), None if s_aux is None else s_aux.data_ptr()
+        parts_at, packed_at, length_at = a[13], a[8], a[11]
+        sums = parts_at + 4 * sums_at
+        a += (sums, *ends, None if smooth is None else smooth.data_ptr(), scale, softcap)
+        main.again(current, a)
         if merge is not None:
-            merge.again(current, pointers[-1], rest[0], pointers[8], pointers[11], *rest[1:])
+            merge.again(current, (parts_at, sums, packed_at, length_at, *ends))
     return out, lse

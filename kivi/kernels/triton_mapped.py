@@ -6,16 +6,15 @@ for the exact slots. What the pages give of values is mapped back before both ar
 
 from __future__ import annotations
 
-from functools import cache, lru_cache
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kivi.grids import zero_code
 from kivi.kernels import triton_fast
-from kivi.kernels.triton_direct import direct
-from kivi.kernels.triton_formats import Formats, flat
+from kivi.kernels.triton_formats import Formats, flat, is_plain
 from kivi.kernels.triton_portable import INTERPRETED, portable
 from kivi.spec import PAGE_TOKENS, KVSpec, QuantSpec
 from kivi.transforms import inverse_hadamard
@@ -46,10 +45,10 @@ def map_query(q: Tensor, smooth: Tensor | None, block: int) -> Tensor:
 
 def prepare(spec: KVSpec, head_dims: tuple[int, int], device: torch.device) -> None:
     """Make what calls with this spec need on a device."""
-    device = torch.empty(0, device=device).device  # as tensors name it
     for one, size in zip((spec.key, spec.value), head_dims, strict=True):
         if isinstance(one, QuantSpec) and one.block(size) > 1:
-            inverse(size, one.block(size), device)
+            # As tensors name the device.
+            inverse(size, one.block(size), torch.empty(0, device=device).device)
 
 
 def _attend(
@@ -73,10 +72,10 @@ def _attend(
         mapped.center if x[3] is None else PAGE_TOKENS // x[3].shape[2] for x in (key, value)
     ]
     if all(plain) and centers[0] == centers[1]:
-        own = mapped._replace(center=centers[0])
-        own_key, own_value = (*key[:2], key[3]), (*value[:2], value[3])
+        kind = triton_fast.kind(formats, sinks, mapped._replace(center=centers[0]))
+        own = (*key[:2], key[3]), (*value[:2], value[3])
         out = triton_fast.decode(
-            q, own_key, own_value, state, s_aux, formats, *options, own, smooth
+            q, *own, state, s_aux, kind, scale, sliding_window, softcap, smooth
         )
         if out is not None:
             return out
@@ -191,13 +190,95 @@ def mapping(spec: KVSpec, head_dim: int, value_head_dim: int) -> tuple[Formats, 
     return (flat(*both[0]), flat(*both[1])), mapped
 
 
-_cached = lru_cache(1024)(mapping)
+class Known(NamedTuple):
+    """What the kernels are told of a spec for these head dimensions, itself included.
+
+    `mapped`: None for plain formats.
+    """
+
+    spec: KVSpec
+    formats: Formats
+    mapped: triton_fast.Mapped | None
+
+
+def read(spec: KVSpec, head_dim: int, value_head_dim: int) -> Known:
+    """What the operators are told of a spec."""
+    if is_plain(spec.key) and is_plain(spec.value):
+        return Known(spec, (flat(spec.key, head_dim), flat(spec.value, value_head_dim)), None)
+    return Known(spec, *mapping(spec, head_dim, value_head_dim))
+
+
+def _kind(known: Known) -> triton_fast.Kind | None:
+    """As which kind `triton_fast` serves a spec; None if it does not."""
+    spec, formats, mapped = known
+    if mapped is None:
+        return triton_fast.kind(formats, spec.sink_length, None)
+    both = [x for x in (spec.key, spec.value) if isinstance(x, QuantSpec) and not x.has_zero]
+    centers = [x.center or 0 for x in both]
+    if len(both) < 2 or centers[0] != centers[1]:
+        return None
+    return triton_fast.kind(formats, spec.sink_length, mapped._replace(center=centers[0]))
+
+
+class Ready(NamedTuple):
+    """What calls with one spec and tensors of the same shapes share; see `triton_fast.run`.
+
+    `third`: where zeros or centers stand among a page's tensors, of keys and of values; where there
+    are none, scales.
+    """
+
+    known: Known
+    plan: triton_fast.Plan | None
+    third: tuple[int, int]
+
+
+_READY: dict[tuple[Any, ...], Ready] = {}
+
+
+def forget() -> None:
+    """Forget all plans."""
+    _READY.clear()
+    triton_fast._plan.cache_clear()
+
+
+def ready(
+    q: Tensor,
+    shape: tuple[int, ...],
+    device: torch.device,
+    view: Any,
+    spec: KVSpec,
+    s_aux: Tensor | None,
+    softcap: float | None,
+) -> Ready:
+    """How a call goes the short way. `shape`, `device`: the query's.
+
+    A spec that is known stays alive, so that its id is nobody else's: to hash and compare specs
+    takes as long as a launch.
+    """
+    key, value, gpu = view[0], view[1], triton_fast._gpu(device)
+    of_q, exact, columns = (device, q.dtype, shape), view[5].shape, view[2].shape[1]
+    options = softcap is not None, None if s_aux is None else s_aux.dtype
+    tensors = key[2] is not None, value[2] is not None, key[3] is not None, value[3] is not None
+    call = (id(spec), gpu, of_q, exact, columns, options, tensors)
+    found = _READY.get(call)
+    if found is None:
+        known, plan = read(spec, shape[3], exact[3]), None
+        kind, own = _kind(known), tensors[:2] if known.mapped is None else tensors[2:]
+        if kind is not None:
+            plan = triton_fast._plan(gpu, *of_q, exact, columns, kind, *own, *options)
+        at = 2 if known.mapped is None else 3
+        if len(_READY) >= 4096:
+            _READY.clear()
+        third = at if own[0] else 1, at if own[1] else 1
+        found = _READY[call] = Ready(known, plan, third)
+    return found
 
 
 def mapped_attention(
     q: Tensor,
     view: Any,
-    spec: KVSpec,
+    known: Known,
+    short: bool,
     query_position: Tensor,
     s_aux: Tensor | None,
     scale: float,
@@ -205,21 +286,18 @@ def mapped_attention(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     """`triton_decode.decode_attention` for specs with a transform, centers or smoothing."""
-    short = direct(q, s_aux, cpu=INTERPRETED)
-    # Compilers complain of a cache in the way.
-    of_spec = _cached if short else mapping
-    formats, mapped = of_spec(spec, q.shape[3], view.exact_value.shape[3])
     key, value, state = view.key[:4], view.value[:4], (*view[2:7], query_position)
-    scale, softcap = float(scale), None if softcap is None else float(softcap)
-    options = (spec.sink_length, scale, sliding_window, softcap)
+    formats, mapped, smooth = known.formats, known.mapped, view.smooth
+    options = (known.spec.sink_length, scale, sliding_window, softcap)
+    assert mapped is not None
     if short:
-        return _attend(q, key, value, state, view.smooth, s_aux, formats, mapped, *options)
-    out: tuple[Tensor, Tensor] = torch.ops.kivi.mapped_attention(
+        return _attend(q, key, value, state, smooth, s_aux, formats, mapped, *options)
+    result: tuple[Tensor, Tensor] = torch.ops.kivi.mapped_attention(
         q,
         *key,
         *value,
         *state,
-        view.smooth,
+        smooth,
         s_aux,
         *formats[0],
         *formats[1],
@@ -228,4 +306,4 @@ def mapped_attention(
         *mapped.zero,
         *options,
     )
-    return out
+    return result

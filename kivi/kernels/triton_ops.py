@@ -9,6 +9,7 @@ from kivi.kernels.triton_decode import decode_attention
 from kivi.kernels.triton_extend import extend_attention
 from kivi.kernels.triton_portable import INTERPRETED
 from kivi.kernels.triton_quantize import quantize_pack
+from kivi.kernels.triton_write import write_new
 from kivi.spec import KVSpec
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "prepare",
     "quantize_pack",
     "supports",
+    "write_new",
 ]
 
 prepare = triton_mapped.prepare

@@ -127,7 +127,7 @@ def _op(
         if launch.compiled is None:
             launch.first(*tensors)
         else:
-            launch.again(stream(x.device), *addresses)
+            launch.again(stream(x.device), addresses)
 
 
 @lru_cache(1024)
