@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -42,7 +43,7 @@ def environment() -> dict[str, str]:
         "cpu": cores,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "command": f"python bench/{Path(sys.argv[0]).name}",
+        "command": shlex.join(["python", f"bench/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
     }
 
 

@@ -1,15 +1,18 @@
 """The operators' host code where there is no GPU: what it would launch is compiled, or counted.
 
 `python tests/kernels_without_gpu.py compile TARGET [KERNEL ...]` compiles for "sm_80", "sm_90" or
-"gfx942" what a few calls launch, and prints the shared memory of each kernel as JSON; `variants`
-makes many calls, compiles nothing, and prints how many times it would have, and for how many
-different constants. Must run in a process of its own, without TRITON_INTERPRET.
+"gfx942" what a few calls launch, and prints of each kernel the shared memory, and how many loads
+and stores the compiler sees, as JSON; `variants` makes many calls, compiles nothing, and prints how
+many times it would have, and for how many different constants. Must run in a process of its own,
+without TRITON_INTERPRET.
 """
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 import triton
@@ -36,6 +39,7 @@ TARGETS = {
     "sm_90": GPUTarget("cuda", 90, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+ACCESS = re.compile(r"tt\.(?:load|store)\b")
 Q = QuantSpec
 KIVI = KVSpec(Q(2, "channel", 32), Q(2, "token", 32), 32, 4)
 PLUMB = Q(2, "token", None, "unbiased", transform="hadamard", center=128, smooth="outliers")
@@ -155,6 +159,8 @@ def few_calls() -> None:
     pack(Q(8, "channel", 128, "symmetric"), 2, 1, 128, torch.float32)
     pack(None, 1, 2, 512)
     pack(PLUMB, 2, 2, 512, smooth=True)
+    if triton_quantize_mapped.FAST:
+        pack(replace(PLUMB, bits=3), 2, 1, 128, smooth=True)
     write(2, 1)
     write(1, 600, torch.float32)
 
@@ -205,7 +211,8 @@ def main(mode: str, target: str = "sm_90", *only: str) -> None:
             if only and name not in only:
                 continue
             built = [f.preload(kind["specialization_data"]) for f, kind in kinds.values()]
-            result[name] = max(kernel.metadata.shared for kernel in built)
+            seen = [len(ACCESS.findall(kernel.asm.get("ttir", ""))) for kernel in built]
+            result[name] = (max(kernel.metadata.shared for kernel in built), max(seen))
     else:
         for name, kinds in recorded(many_calls).items():
             constants = {str((kind["constants"], kind["num_warps"])) for _, kind in kinds.values()}

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from kivi.kernels import triton_token as token
+from kivi.kernels import triton_token_memory as memory
 from kivi.kernels.triton_grids import round_to
 from kivi.kernels.triton_tile_mma import pairs_of_inverses, signs, times_pairs, without_small
 from kivi.kernels.triton_tile_pack import plane_weight
@@ -35,19 +36,31 @@ def _factors(
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
     PAIRS: tl.constexpr,
+    FAST: tl.constexpr,
 ):
     """What tokens are multiplied by, or nothing."""
     out = ()
     if smooth is not None:
-        out = token.load(smooth + at * 16, LANES, VECTOR, D // (LANES * VECTOR))
+        out = memory.load(smooth + at * 16, LANES, VECTOR, D // (LANES * VECTOR), FAST)
         out = pairs_of_inverses(out) if PAIRS else token.inverses(out)
     return out
+
+
+@triton.jit
+def _load_pairs(
+    x, X_TOKEN: tl.constexpr, D: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr
+):
+    """The tokens of a plane, as pairs."""
+    at = x + tl.arange(0, ROWS)[:, None] * X_TOKEN
+    return memory.load_pairs(at, LANES, VECTOR, D // (LANES * VECTOR))
 
 
 @triton.jit
 def _planes(
     sources,  # x, valid, factors, centers: of the first token
     targets,  # packed, thirds, scale, zero, meta, plane
+    ahead,  # the first tokens, if TENSOR
+    left,  # planes that follow in the program
     valid_token,
     nothing,
     X_TOKEN: tl.constexpr,
@@ -61,7 +74,10 @@ def _planes(
     TENSOR: tl.constexpr,  # whether by tensor cores
     CHECKED: tl.constexpr,
 ):
-    """Add the codes of planes to bytes of words; 1 where a token's scale is not finite."""
+    """Add the codes of planes to bytes of words; 1 where a token's scale is not finite.
+
+    Also the tokens that follow, if TENSOR: they are read while others are worked on.
+    """
     BITS: tl.constexpr = FORMAT[0]
     G: tl.constexpr = FORMAT[2]
     WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
@@ -82,14 +98,15 @@ def _planes(
     third_weight = plane_weight(plane % 8, 1)
     for number in tl.range(PLANES):
         if TENSOR:
-            own = token.load_pairs(x + row * X_TOKEN, LANES, VECTOR, D // (LANES * VECTOR))
+            own, following = ahead, tl.where(left > number, ROWS * X_TOKEN, 0)
+            ahead = _load_pairs(x + following, X_TOKEN, D, LANES, VECTOR)
             if len(factors) > 0:
                 own = times_pairs(own, factors)
             own, huge = without_small(own)
             bad |= huge.to(tl.int32)
             own = token.hadamard_by_tensor_cores(own, signs(ROWS), nothing, MAP, LANES, VECTOR)
         else:
-            own = token.load(x + row * X_TOKEN, LANES, VECTOR, D // (LANES * VECTOR))
+            own = memory.load(x + row * X_TOKEN, LANES, VECTOR, D // (LANES * VECTOR), FORMAT[9])
             if len(factors) > 0:
                 own = token.times(own, factors)
             if SMALL:
@@ -135,7 +152,7 @@ def _planes(
         bad |= tl.where(s * 0.0 == 0.0, 0, 1)
         s = s.to(scale.dtype.element_ty)
         if FORMAT[9] and PLANES == LANES:
-            token.store(scale + meta + lane * ROWS, s)
+            memory.store(scale + meta + lane * ROWS, s)
         else:
             tl.store(scale + meta + lane * ROWS, s, mask=lane < PLANES)
     if TURNED != 0:
@@ -143,7 +160,7 @@ def _planes(
             thirds = token.turned(thirds, turned)
         else:
             packed = token.turned(packed, turned)
-    return packed, thirds, bad
+    return packed, thirds, bad, ahead
 
 
 @triton.jit
@@ -209,14 +226,17 @@ def _span(
     x, valid, smooth = sources
     words, center, scale, zero, meta, plane = targets
     row = tl.arange(0, ROWS)[:, None]
-    factors = _factors(smooth, row * nothing, D, LANES, VECTOR, TENSOR)
+    factors = _factors(smooth, row * nothing, D, LANES, VECTOR, TENSOR, FORMAT[9])
     none = token.zeros(ROWS, LANES, D // (4 * LANES))
-    before, thirds = none, none
+    before, thirds, ahead = none, none, ()
+    left = U // ROWS - 1
+    if TENSOR:
+        ahead = _load_pairs(x, X_TOKEN, D, LANES, VECTOR)
     bad = tl.zeros([ROWS, LANES], tl.int32)
     for part in tl.range(PARTS):
         if FORMAT[9] and PARTS > 1:  # noqa: SIM102
             if part + 1 < PARTS:
-                token.prefetch(x + BYTE * ROWS * X_TOKEN, X_TOKEN, D, BYTE * ROWS)
+                memory.prefetch(x + BYTE * ROWS * X_TOKEN, X_TOKEN, D, BYTE * ROWS)
         packed = none
         for _ in tl.range(BYTE // SHARED):
             centers = ()
@@ -227,11 +247,11 @@ def _span(
                         *(at, x, valid, smooth, valid_token, X_TOKEN, FORMAT, MAP),
                         *(D, PADDED, CENTERED * ROWS, LANES, VECTOR, CHECKED),
                     )
-                centers = token.load(at + row * (16 * nothing), LANES, VECTOR, PIECES)
-            packed, thirds, new_bad = _planes(
+                centers = memory.load(at + row * (16 * nothing), LANES, VECTOR, PIECES, FORMAT[9])
+            packed, thirds, new_bad, ahead = _planes(
                 (x, valid, factors, centers),
                 (packed, thirds, scale, zero, meta, plane),
-                *(valid_token, nothing, X_TOKEN, FORMAT, MAP),
+                *(ahead, left, valid_token, nothing, X_TOKEN, FORMAT, MAP),
                 *(D, SHARED, LANES, VECTOR, SMALL, TENSOR, CHECKED),
             )
             bad |= new_bad
@@ -240,10 +260,12 @@ def _span(
             if valid is not None:
                 valid += SHARED * ROWS * valid_token
             plane += SHARED
+            left -= SHARED
         if (part + 1) % (PUT // BYTE) == 0:
             put_planes(words, before, packed, plane - PUT, D, WIDTH, PUT, LANES, FORMAT[9])
             if BITS == 3:
-                put_thirds(words + 2 * ROWS * D, thirds, plane - PUT, D, PUT, LANES, VECTOR)
+                bits = words + 2 * ROWS * D
+                put_thirds(bits, thirds, plane - PUT, D, PUT, LANES, VECTOR, FORMAT[9])
         before = packed
     return bad
 
@@ -293,7 +315,7 @@ def quantize_mapped(
     which, start = tl.load(page + run), tl.load(first + run)
     # Not of short runs: those may go to the bin at every step.
     if FORMAT[9] and U > AT_ONCE:
-        token.prefetch(x, X_TOKEN, D, AT_ONCE)
+        memory.prefetch(x, X_TOKEN, D, AT_ONCE)
     if which == 0:  # the bin
         return
     place = which * heads + head

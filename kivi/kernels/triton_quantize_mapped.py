@@ -60,6 +60,14 @@ def _constants(
     }
 
 
+def _aligned(x: Tensor) -> Tensor:
+    """What can be read 16 bytes at a time from every token on."""
+    steps = [stride * x.element_size() for stride in x.stride()[:-1]]
+    if x.stride(-1) == 1 and not any(n % 16 for n in (x.data_ptr(), *steps)):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
 def _op(
     words: Tensor,
     scale: Tensor,
@@ -77,10 +85,9 @@ def _op(
     transform: str | None,
 ) -> None:
     assert all(t is None or t.is_contiguous() for t in (words, scale, zero, center))
-    if x.stride(-1) != 1:
-        x = x.contiguous()
-    if smooth is not None and smooth.stride(-1) != 1:
-        smooth = smooth.contiguous()
+    x = _aligned(x)
+    if smooth is not None:
+        smooth = _aligned(smooth)
     page, first = page.contiguous(), first.contiguous()
     rows = x if x.dim() == 5 else x.unsqueeze(1)
     (_, n, heads, unit, d), strides = rows.shape, rows.stride()[:4]

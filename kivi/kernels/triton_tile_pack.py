@@ -27,6 +27,39 @@ def insert(pointers, words, mask, plane, WIDTH: tl.constexpr, PLANES: tl.constex
     tl.store(pointers, words.to(pointers.dtype.element_ty), mask=mask)
 
 
+# Not by the compiler's loads and stores, on a GPU of NVIDIA's: see triton_token_memory.py.
+@triton.jit
+def insert_four(pointers, words, plane, WIDTH: tl.constexpr, PLANES: tl.constexpr):
+    """`insert_pairs` of a tuple of four neighbours; pointers to the first, aligned to 16 bytes."""
+    at = pointers.to(tl.int64)
+    a, b, c, d = words[0], words[1], words[2], words[3]
+    if PLANES * WIDTH < 16:
+        keep = ~(plane_weight(plane, WIDTH) * (2 ** (PLANES * WIDTH) - 1) * 65537)
+        asm: tl.constexpr = """{ .reg .b32 a, b, c, d; ld.global.v4.b32 {a, b, c, d}, [$1];
+            and.b32 a, a, $6; and.b32 b, b, $6; and.b32 c, c, $6; and.b32 d, d, $6;
+            or.b32 a, a, $2; or.b32 b, b, $3; or.b32 c, c, $4; or.b32 d, d, $5;
+            st.global.v4.b32 [$1], {a, b, c, d}; mov.b32 $0, 0; }"""
+        arguments = [at, a, b, c, d, keep]
+        tl.inline_asm_elementwise(asm, "=r,l,r,r,r,r,r", arguments, tl.int32, False, 1)
+    else:
+        whole: tl.constexpr = "st.global.v4.b32 [$1], {$2, $3, $4, $5}; mov.b32 $0, 0;"
+        tl.inline_asm_elementwise(whole, "=r,l,r,r,r,r", [at, a, b, c, d], tl.int32, False, 1)
+
+
+@triton.jit
+def insert_byte(pointers, bits, plane, PLANES: tl.constexpr):
+    """`insert` of planes of 1 bit into bytes."""
+    at = pointers.to(tl.int64)
+    if PLANES < 8:
+        keep = ~(plane_weight(plane, 1) * (2**PLANES - 1))
+        asm: tl.constexpr = """{ .reg .b32 t; ld.global.u8 t, [$1]; and.b32 t, t, $3;
+            or.b32 t, t, $2; st.global.u8 [$1], t; mov.b32 $0, 0; }"""
+        tl.inline_asm_elementwise(asm, "=r,l,r,r", [at, bits, keep], tl.int32, False, 1)
+    else:
+        whole: tl.constexpr = "st.global.u8 [$1], $2; mov.b32 $0, 0;"
+        tl.inline_asm_elementwise(whole, "=r,l,r", [at, bits], tl.int32, False, 1)
+
+
 @triton.jit
 def insert_thirds(pointers, words, mask, plane, PLANES: tl.constexpr):
     """Store the third bits of codes of 3 bits: bits 16 to 23 of `words`, a half of a word."""

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 
 from kivi.grids import MEAN_OF, MEAN_STEP
-from kivi.kernels.triton_tile_mma import hadamard_of_pairs, pairs_of
-from kivi.kernels.triton_tile_pack import pair, unpack_vector, unpair
+from kivi.kernels.triton_tile_mma import hadamard_of_pairs
+from kivi.kernels.triton_tile_pack import pair, unpair
 from kivi.transforms import LEAST_PART, SMALL_PART
 
 STEP = tl.constexpr(MEAN_STEP)
@@ -297,47 +297,3 @@ def means(
     if CHECKED:
         sums *= tl.math.div_rn(TOKENS // EVERY * 1.0, tl.maximum(count, 1).to(tl.float32))
     return tl.reshape(sums, [PADDED])
-
-
-@triton.jit
-def prefetch(source, X_TOKEN: tl.constexpr, D: tl.constexpr, TOKENS: tl.constexpr):
-    """Have tokens read into the L2 cache of a GPU of NVIDIA's."""
-    LINE: tl.constexpr = 1024 // source.dtype.element_ty.primitive_bitwidth
-    LINES: tl.constexpr = triton.next_power_of_2(triton.cdiv(D, LINE))
-    i = tl.arange(0, TOKENS * LINES)
-    at = source + i // LINES * X_TOKEN + tl.minimum(i % LINES * LINE, D - 1)
-    asm: tl.constexpr = "prefetch.global.L2 [$1]; mov.b32 $0, 0;"
-    tl.inline_asm_elementwise(asm, "=r,l", [at.to(tl.int64)], tl.int32, False, 1)
-
-
-@triton.jit
-def store(pointers, x):
-    """Store elements of 16 bits, which stay in their layout, on a GPU of NVIDIA's."""
-    asm: tl.constexpr = """{ .reg .b16 x; cvt.u16.u32 x, $2; st.global.b16 [$1], x;
-        mov.b32 $0, 0; }"""
-    bits = x.to(tl.int16, bitcast=True).to(tl.int32)
-    tl.inline_asm_elementwise(asm, "=r,l,r", [pointers.to(tl.int64), bits], tl.int32, False, 1)
-
-
-@triton.jit
-def load(source, LANES: tl.constexpr, VECTOR: tl.constexpr, PIECES: tl.constexpr):
-    """Tokens in registers, of pointers [tokens, 1] to their first channels."""
-    i = tl.arange(0, LANES * VECTOR)[None, :]
-    # Tells the compiler how many neighbours to give a thread.
-    i = i // VECTOR * VECTOR + i % VECTOR
-    out = ()
-    for piece in tl.static_range(PIECES):
-        x = tl.load(source + piece * (LANES * VECTOR) + i)
-        out = out + unpack_vector(x, LANES, VECTOR)
-    return out
-
-
-@triton.jit
-def load_pairs(source, LANES: tl.constexpr, VECTOR: tl.constexpr, PIECES: tl.constexpr):
-    """`load` of bfloat16 tokens, as pairs."""
-    i = tl.arange(0, LANES * VECTOR)[None, :]
-    i = i // VECTOR * VECTOR + i % VECTOR
-    out = ()
-    for piece in tl.static_range(PIECES):
-        out = out + pairs_of(tl.load(source + piece * (LANES * VECTOR) + i), LANES, VECTOR)
-    return out

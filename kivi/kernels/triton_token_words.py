@@ -8,6 +8,8 @@ import triton.language as tl
 from kivi.kernels.triton_tile_pack import (
     byte_of,
     insert,
+    insert_byte,
+    insert_four,
     insert_pairs,
     pair_of_bytes,
     plane_weight,
@@ -45,8 +47,10 @@ def put_planes(
     in_tile = plane % (16 // WIDTH)
     words += plane // (16 // WIDTH) * (ROWS * D)
     i = tl.arange(0, LANES * 4)[None, :]
-    at = words.to(tl.pointer_type(tl.int32), bitcast=True) + tl.arange(0, ROWS)[:, None] * (D // 2)
-    at += i // 4 * 4 + i % 4
+    first = words.to(tl.pointer_type(tl.int32), bitcast=True)
+    first += tl.arange(0, ROWS)[:, None] * (D // 2)
+    if FAST:
+        first += tl.arange(0, LANES)[None, :] * 4
     for piece in tl.static_range(D // (LANES * 8)):
         pairs = ()
         for k in tl.static_range(4):
@@ -56,10 +60,15 @@ def put_planes(
             else:  # one half
                 half = plane_weight(in_tile // (8 // WIDTH), 8)
                 pairs = pairs + (pair_of_bytes(late, none, k % 2 * 2, FAST) * half,)
-        # What a thread has stays in it.
-        four = tl.join(tl.join(pairs[0], pairs[2]), tl.join(pairs[1], pairs[3]))
-        four = tl.reshape(four, [ROWS, LANES * 4])
-        insert_pairs(at + piece * (LANES * 4), four, in_tile, WIDTH, PUT)
+        if FAST:
+            insert_four(first + piece * (LANES * 4), pairs, in_tile, WIDTH, PUT)
+        else:
+            # What a thread has stays in it.
+            four = tl.join(tl.join(pairs[0], pairs[2]), tl.join(pairs[1], pairs[3]))
+            four = tl.reshape(four, [ROWS, LANES * 4])
+            insert_pairs(
+                first + piece * (LANES * 4) + i // 4 * 4 + i % 4, four, in_tile, WIDTH, PUT
+            )
 
 
 @triton.jit
@@ -71,6 +80,7 @@ def put_thirds(
     PUT: tl.constexpr,
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
+    FAST: tl.constexpr,
 ):
     """Put the third bits of codes of 3 bits into halves of words."""
     halves = words.to(tl.pointer_type(tl.int8), bitcast=True) + plane // 8
@@ -78,4 +88,8 @@ def put_thirds(
     for k in tl.static_range(D // LANES):
         channel = (k // VECTOR * LANES + lane) * VECTOR + k % VECTOR
         byte = byte_of(thirds[k // 4], k % 4)
-        insert(halves + (row * D + channel) * 2, byte, None, plane % 8, 1, PUT)
+        at = halves + (row * D + channel) * 2
+        if FAST:
+            insert_byte(at, byte, plane % 8, PUT)
+        else:
+            insert(at, byte, None, plane % 8, 1, PUT)
