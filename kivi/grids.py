@@ -104,17 +104,13 @@ def norm(x: Tensor, valid: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 MEAN_STEP = 8
-# A center is a mean of every second token: it takes off as much, for half of the work.
-MEAN_OF = 2
 
 
 def mean(x: Tensor, valid: Tensor) -> Tensor:
     """Means over tokens, `[..., 1, D]`, of `x [..., C, D]` float32; C a power of two.
 
-    Of the first, third, ... token. Sums have a fixed order: steps of 8 tokens one after the other,
-    then halves.
+    Sums have a fixed order: steps of 8 tokens one after the other, then halves.
     """
-    x, valid = x[..., ::MEAN_OF, :], valid[..., ::MEAN_OF, :]
     finite = valid & x.isfinite()
     steps = (torch.where(finite, x, 0.0) / x.shape[-2]).split(MEAN_STEP, -2)
     sums = steps[0]

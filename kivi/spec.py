@@ -64,8 +64,8 @@ class QuantSpec:
         transform: orthogonal map of each token before anything else: `"hadamard"` over the head
             (over blocks of the largest power of two that divides it), `"hadamard_32"` over blocks
             of 32 channels. Sinks and the exact window are never transformed.
-        center: per-token only: this many tokens share their channels' means (of every second one of
-            them), which are subtracted before groups are formed: 16, 32, 64 or 128.
+        center: per-token only: this many tokens share their channels' means, which are subtracted
+            before groups are formed: 16, 32, 64 or 128.
         token_norm: per-channel only: each token is divided by its norm before groups are formed.
         smooth: before all that, each channel of a sequence is divided by a power of two, found from
             its first 32 packed tokens (`kivi.transforms.smooth_factor`): `"outliers"` brings

@@ -315,9 +315,9 @@ def test_streaming_llm_attends_at_positions_within_the_cache(split, impl):
 
 
 def test_plumb():
-    """Rotate, subtract means, midpoint levels, and a scale for which <x^, x> = <x, x>."""
+    """Rotate, subtract the mean, midpoint levels, and a scale for which <x^, x> = <x, x>."""
     rotated = X @ matrix(64)
-    center = rotated[::2].mean(0)  # of every second token
+    center = rotated.mean(0)
     rest = rotated - center
     step = 0.9957 * np.sqrt((rest**2).mean(1, keepdims=True))  # the best step for a Gaussian
     level = np.clip(np.rint(rest / step - 0.5), -2, 1) + 0.5

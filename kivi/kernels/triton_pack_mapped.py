@@ -47,20 +47,9 @@ def _factors(
 
 
 @triton.jit
-def _load_pairs(
-    x, X_TOKEN: tl.constexpr, D: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr
-):
-    """The tokens of a plane, as pairs."""
-    at = x + tl.arange(0, ROWS)[:, None] * X_TOKEN
-    return memory.load_pairs(at, LANES, VECTOR, D // (LANES * VECTOR))
-
-
-@triton.jit
 def _planes(
     sources,  # x, valid, factors, centers: of the first token
     targets,  # packed, thirds, scale, zero, meta, plane
-    ahead,  # the first tokens, if TENSOR
-    left,  # planes that follow in the program
     valid_token,
     nothing,
     X_TOKEN: tl.constexpr,
@@ -74,10 +63,7 @@ def _planes(
     TENSOR: tl.constexpr,  # whether by tensor cores
     CHECKED: tl.constexpr,
 ):
-    """Add the codes of planes to bytes of words; 1 where a token's scale is not finite.
-
-    Also the tokens that follow, if TENSOR: they are read while others are worked on.
-    """
+    """Add the codes of planes to bytes of words; 1 where a token's scale is not finite."""
     BITS: tl.constexpr = FORMAT[0]
     G: tl.constexpr = FORMAT[2]
     WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
@@ -98,8 +84,7 @@ def _planes(
     third_weight = plane_weight(plane % 8, 1)
     for number in tl.range(PLANES):
         if TENSOR:
-            own, following = ahead, tl.where(left > number, ROWS * X_TOKEN, 0)
-            ahead = _load_pairs(x + following, X_TOKEN, D, LANES, VECTOR)
+            own = memory.load_pairs(x + row * X_TOKEN, LANES, VECTOR, D // (LANES * VECTOR))
             if len(factors) > 0:
                 own = times_pairs(own, factors)
             own, huge = without_small(own)
@@ -160,7 +145,7 @@ def _planes(
             thirds = token.turned(thirds, turned)
         else:
             packed = token.turned(packed, turned)
-    return packed, thirds, bad, ahead
+    return packed, thirds, bad
 
 
 @triton.jit
@@ -228,10 +213,7 @@ def _span(
     row = tl.arange(0, ROWS)[:, None]
     factors = _factors(smooth, row * nothing, D, LANES, VECTOR, TENSOR, FORMAT[9])
     none = token.zeros(ROWS, LANES, D // (4 * LANES))
-    before, thirds, ahead = none, none, ()
-    left = U // ROWS - 1
-    if TENSOR:
-        ahead = _load_pairs(x, X_TOKEN, D, LANES, VECTOR)
+    before, thirds = none, none
     bad = tl.zeros([ROWS, LANES], tl.int32)
     for part in tl.range(PARTS):
         if FORMAT[9] and PARTS > 1:  # noqa: SIM102
@@ -248,10 +230,10 @@ def _span(
                         *(D, PADDED, CENTERED * ROWS, LANES, VECTOR, CHECKED),
                     )
                 centers = memory.load(at + row * (16 * nothing), LANES, VECTOR, PIECES, FORMAT[9])
-            packed, thirds, new_bad, ahead = _planes(
+            packed, thirds, new_bad = _planes(
                 (x, valid, factors, centers),
                 (packed, thirds, scale, zero, meta, plane),
-                *(ahead, left, valid_token, nothing, X_TOKEN, FORMAT, MAP),
+                *(valid_token, nothing, X_TOKEN, FORMAT, MAP),
                 *(D, SHARED, LANES, VECTOR, SMALL, TENSOR, CHECKED),
             )
             bad |= new_bad
@@ -260,7 +242,6 @@ def _span(
             if valid is not None:
                 valid += SHARED * ROWS * valid_token
             plane += SHARED
-            left -= SHARED
         if (part + 1) % (PUT // BYTE) == 0:
             put_planes(words, before, packed, plane - PUT, D, WIDTH, PUT, LANES, FORMAT[9])
             if BITS == 3:

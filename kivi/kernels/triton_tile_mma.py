@@ -18,19 +18,6 @@ HUGE = tl.constexpr((127 + 120) * 128)  # sums of such elements might overflow, 
 
 
 @triton.jit
-def pairs_of(x, LANES: tl.constexpr, VECTOR: tl.constexpr):
-    """Elements [tokens, LANES * VECTOR] as pairs of neighbours, VECTOR / 2 tensors."""
-    bits = tl.reshape(x.to(tl.int16, bitcast=True), [x.shape[0], LANES, VECTOR])
-    place = tl.arange(0, VECTOR)[None, None, :]
-    out = ()
-    for k in tl.static_range(VECTOR // 2):
-        low = tl.sum(tl.where(place == 2 * k, bits, 0), 2).to(tl.int32)
-        high = tl.sum(tl.where(place == 2 * k + 1, bits, 0), 2).to(tl.int32)
-        out = out + ((low & 65535) | (high << 16),)
-    return out
-
-
-@triton.jit
 def pairs_of_inverses(xs):
     """Reciprocals of float32 powers of two, neighbours as pairs."""
     out = ()

@@ -10,13 +10,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kivi.grids import MEAN_OF, MEAN_STEP
+from kivi.grids import MEAN_STEP
 from kivi.kernels.triton_tile_mma import hadamard_of_pairs
 from kivi.kernels.triton_tile_pack import pair, unpair
 from kivi.transforms import LEAST_PART, SMALL_PART
 
 STEP = tl.constexpr(MEAN_STEP)
-EVERY = tl.constexpr(MEAN_OF)
 WARP = tl.constexpr(32)
 SMALL = tl.constexpr(2.0**SMALL_PART)
 LEAST = tl.constexpr(2.0**LEAST_PART)
@@ -247,7 +246,6 @@ def _sums(
 ):
     """Sums of tokens over their number, and how many counted if CHECKED, [pieces, channels]."""
     WIDTH: tl.constexpr = LANES * VECTOR
-    COUNT: tl.constexpr = TOKENS // EVERY
     # In this order, so that no warp must wait for what another one has of a channel.
     row = tl.arange(0, STEP)[:, None, None]
     i = tl.arange(0, WIDTH)[None, None, :]
@@ -256,13 +254,12 @@ def _sums(
     inside = None if PADDED == D else channel < D
     sums = tl.zeros([STEP, PADDED // WIDTH, WIDTH], tl.float32)
     count = tl.zeros([STEP, PADDED // WIDTH, WIDTH], tl.int32)
-    for step in tl.range(COUNT // STEP, loop_unroll_factor=1 if CHECKED else 8):
+    for step in tl.range(TOKENS // STEP, loop_unroll_factor=1 if CHECKED else 16):
         mask = inside
-        token = (step * STEP + row) * EVERY
         if valid is not None:
-            mask = tl.load(valid + token * valid_token)
+            mask = tl.load(valid + (step * STEP + row) * valid_token)
             mask = mask if inside is None else inside & mask
-        at = source + token * X_TOKEN + channel
+        at = source + (step * STEP + row) * X_TOKEN + channel
         x = tl.load(at, mask=mask, other=None if mask is None else 0)
         x = unpair(pair(x)) if x.dtype == tl.bfloat16 else x.to(tl.float32)
         if CHECKED:
@@ -270,7 +267,7 @@ def _sums(
             x = tl.where(finite, x, 0.0)
             counts = finite if mask is None else finite & mask
             count += counts.to(tl.int32)
-        sums = tl.fma(x, 1.0 / COUNT, sums)  # a power of two: only the sum is rounded
+        sums = tl.fma(x, 1.0 / TOKENS, sums)  # a power of two: only the sum is rounded
     for k in tl.static_range(log2(STEP)):
         halves = tl.reshape(sums, [2, STEP // 2 ** (k + 1), PADDED // WIDTH, WIDTH])
         sums = tl.sum(halves, 0)
@@ -295,5 +292,5 @@ def means(
         source, valid, X_TOKEN, valid_token, D, LANES, VECTOR, PADDED, TOKENS, CHECKED
     )
     if CHECKED:
-        sums *= tl.math.div_rn(TOKENS // EVERY * 1.0, tl.maximum(count, 1).to(tl.float32))
+        sums *= tl.math.div_rn(TOKENS * 1.0, tl.maximum(count, 1).to(tl.float32))
     return tl.reshape(sums, [PADDED])
