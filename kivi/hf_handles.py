@@ -166,7 +166,7 @@ class Update:
         columns: the layer.
         k: `[B, Hkv, T, D]`.
         v: `[B, Hkv, T, Dv]`.
-        traced: whether this becomes a graph; asked once for an update.
+        traced: whether it was made in what becomes a graph; eager steps need not ask again.
     """
 
     def __init__(self, columns: Columns, k: Tensor, v: Tensor, traced: bool) -> None:
@@ -229,7 +229,7 @@ class Update:
             )
         out = _as(out, q.dtype)
         self.stored = True
-        if self.traced:
+        if self.traced and tracing():  # else a graph that broke off in between
             columns.advance(t)
             return out
         columns.advance(t, None if reading.valid is None else (int(reading.before), reading.valid))
