@@ -26,7 +26,7 @@ _OF_ROWS = ("_exact_key", "_exact_value", "_length", "_packed", "_smooth")
 _NOTHING = nullcontext()
 
 
-class LayerCache:
+class LayerCache(steps.Lasting):
     """One layer's quantized cache.
 
     Args:

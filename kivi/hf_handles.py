@@ -23,6 +23,7 @@ from kivi.cache import LayerCache
 from kivi.checks import tracing
 from kivi.hf_causal import METADATA, CausalMask
 from kivi.hf_masks import Shared
+from kivi.steps import Lasting
 
 _NOTHING = nullcontext()
 
@@ -32,7 +33,7 @@ def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype else x.to(dtype)
 
 
-class Columns:
+class Columns(Lasting):
     """A LayerCache as transformers sees it: in columns, padding included.
 
     Args:
