@@ -7,6 +7,7 @@ the rest in pages. Counters are device tensors, mirrored on the host in eager mo
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -22,9 +23,10 @@ from kivi.steps import Counts, Step
 from kivi.view import CacheView
 
 _OF_ROWS = ("_exact_key", "_exact_value", "_length", "_packed", "_smooth")
+_NOTHING = nullcontext()
 
 
-class LayerCache:
+class LayerCache(steps.Lasting):
     """One layer's quantized cache.
 
     Args:
@@ -182,28 +184,26 @@ class LayerCache:
         b, _, t, d = k.shape
         if t == 0:
             return q.new_empty(b, q.shape[1], 0, self.value_head_dim)
-        if torch.is_grad_enabled():  # torch.no_grad() takes a while even where it changes nothing
-            q, k, v = q.detach(), k.detach(), v.detach()
-            s_aux = None if s_aux is None else s_aux.detach()
         scale = d**-0.5 if scale is None else scale
-        step, host = self._step(t, valid, traced)
-        query = step.position if valid is None else step.position.clamp_min(0)
-        options = (steps.needed(window, host, self.max_length), softcap, s_aux)
-        query, mask = before_sinks(query, mask, self.spec, options[0])
-        fused = t <= steps.SLACK and mask is None
-        view = self._view(step.length if fused else None)
-        if t <= steps.SLACK:
-            store.write_new(view, k, v, step, self._ops.write_new)
-        if fused:
-            out, lse = self._ops.decode_attention(q, view, self.spec, query, scale, *options)
-        else:
-            past = None if self._is_empty() else view
-            out, lse = self._ops.extend_attention(
-                q, k, v, past, self.spec, query, scale, valid, mask, *options
-            )
-        step = saliency.weighed(step, self.spec, q, scale) if step.units else step
-        self._store(k, v, step, host)
-        return with_sinks(out, lse, q, self._view(), self.spec, query, scale, *options[:2])
+        s_aux = None if s_aux is None else s_aux.contiguous()
+        # torch.no_grad() takes a while even where it changes nothing.
+        with torch.no_grad() if torch.is_grad_enabled() else _NOTHING:
+            step, host = self._step(t, valid, traced)
+            query = step.position if valid is None else step.position.clamp_min(0)
+            options = (steps.needed(window, host, self.max_length), softcap, s_aux)
+            query, mask = before_sinks(query, mask, self.spec, options[0])
+            fused = t <= steps.SLACK and mask is None
+            view = self._view(step.length if fused else None)
+            if t <= steps.SLACK:
+                store.write_new(view, k, v, step, self._ops.write_new)
+            if fused:
+                out, lse = self._ops.decode_attention(q, view, self.spec, query, scale, *options)
+            else:
+                given = q, k, v, None if self._is_empty() else view, self.spec, query, scale
+                out, lse = self._ops.extend_attention(*given, valid, mask, *options)
+            step = saliency.weighed(step, self.spec, q, scale) if step.units else step
+            self._store(k, v, step, host)
+            return with_sinks(out, lse, q, self._view(), self.spec, query, scale, *options[:2])
 
     @torch.inference_mode(False)
     def select(self, indices: Tensor | list[int]) -> None:

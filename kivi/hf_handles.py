@@ -23,6 +23,7 @@ from kivi.cache import LayerCache
 from kivi.checks import tracing
 from kivi.hf_causal import METADATA, CausalMask
 from kivi.hf_masks import Shared
+from kivi.steps import Lasting
 
 _NOTHING = nullcontext()
 
@@ -32,7 +33,7 @@ def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype else x.to(dtype)
 
 
-class Columns:
+class Columns(Lasting):
     """A LayerCache as transformers sees it: in columns, padding included.
 
     Args:
@@ -166,7 +167,7 @@ class Update:
         columns: the layer.
         k: `[B, Hkv, T, D]`.
         v: `[B, Hkv, T, Dv]`.
-        traced: whether this becomes a graph; asked once for an update.
+        traced: whether it was made in what becomes a graph; eager steps need not ask again.
     """
 
     def __init__(self, columns: Columns, k: Tensor, v: Tensor, traced: bool) -> None:
@@ -229,7 +230,7 @@ class Update:
             )
         out = _as(out, q.dtype)
         self.stored = True
-        if self.traced:
+        if self.traced and tracing():  # else a graph that broke off in between
             columns.advance(t)
             return out
         columns.advance(t, None if reading.valid is None else (int(reading.before), reading.valid))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Hashable
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -237,6 +238,16 @@ def _copy(x: Tensor) -> Tensor:
 def kept(x: Tensor) -> Tensor:
     """A tensor that outlives inference mode, the same one if it does."""
     return _copy(x) if x.is_inference() else x
+
+
+class Lasting:
+    """What keeps tensors beyond the mode that they were made in; so do its copies."""
+
+    @torch.inference_mode(False)
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        new = memo[id(self)] = copy.copy(self)
+        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return new
 
 
 def needed(window: int | None, counts: Counts | None, max_length: int | None) -> int | None:

@@ -1,5 +1,6 @@
 """decode() against float64 attention over what the cache holds."""
 
+import dataclasses
 import math
 
 import pytest
@@ -10,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kivi import KVQuantizer, KVSpec, QuantSpec
 from kivi.attention import Ops
+from kivi.spec import OpaqueSpec
 from kivi.steps import Steps
 from kivi.store import SLACK
 
@@ -137,6 +139,34 @@ def test_nothing_that_is_stored_keeps_a_graph():
     layer.crop(300)
     layer.select([1, 0])
     assert not any(x.requires_grad for x in (*layer.dequantize(), *layer.fork().dequantize()))
+
+
+LEVEL = torch.nn.Parameter(torch.tensor(0.25))
+
+
+@dataclasses.dataclass(frozen=True)
+class Learned(OpaqueSpec):
+    """A byte for each element, times a parameter that somebody trains."""
+
+    bits: int = 8
+
+    def nbytes(self, head_dim):
+        return head_dim
+
+    def encode(self, x, valid):
+        return ((x / LEVEL).round().clamp(-127, 127).to(torch.int8).flatten(-2),)
+
+    def decode(self, data, head_dim):
+        return data.view(torch.int8).unsqueeze(-2) * LEVEL
+
+
+@pytest.mark.parametrize("t", [1, 40])
+def test_formats_with_parameters_have_no_gradient(t):
+    layer = new(KVSpec(Learned(), Learned(), residual_length=0))
+    layer.prefill(*tokens(layer, 40))
+    out = layer.decode(randn(2, 2, t, 16), *tokens(layer, t))
+    assert layer.packed_lengths()[0] > 0
+    assert torch.is_grad_enabled() and not out.requires_grad
 
 
 class Launches(TorchDispatchMode):

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from one_thread import one_thread  # noqa: F401
 from tiny_models import LOSSLESS, close, forward, generate, prompt, tiny
 from torch import Tensor
@@ -92,3 +93,31 @@ def test_compiled_dense() -> None:
         forward(compiled, cache, torch.full((2, 1), 5))
     with pytest.warns(UserWarning, match="needs dense"):
         assert forward(model, cache, torch.full((2, 1), 5)).isfinite().all()
+
+
+@pytest.mark.compile
+def test_padding_behind_a_graph_break() -> None:
+    """Keys and values come in a graph, attention over them runs between two graphs."""
+    model = tiny("llama", num_hidden_layers=1)
+    q, k, v = (torch.randn(2, heads, 5, 16) for heads in (4, 2, 2))
+    valid = torch.tensor([[False, False, True, True, True], [True] * 5])
+    mask = torch.zeros(2, 1, 5, 64, dtype=torch.bool)
+    mask[..., :5] = torch.ones(5, 5, dtype=torch.bool).tril() & valid[:, None, None]
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def attend(key: Tensor, value: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, key, value, mask, enable_gqa=True)
+
+    def step(cache: KVCache) -> Tensor:
+        return attend(*cache.update(k, v, 0))
+
+    eager, broken = (KVCache(model, LOSSLESS, max_length=64) for _ in "ab")
+    expected = step(eager)
+    step(broken)  # allocates
+    broken.reset()
+    out = torch.compile(step, backend="eager")(broken)
+    torch.testing.assert_close(out.transpose(1, 2)[valid], expected.transpose(1, 2)[valid])
+    kept = [cache.packed_layers[0].columns.padding for cache in (eager, broken)]
+    assert [(first, x.tolist()) for first, x in kept[0]] == [(0, valid.tolist())]
+    assert [(first, x.tolist()) for first, x in kept[1]] == [(0, valid.tolist())]
+    assert broken.packed_calls == [2]

@@ -54,6 +54,23 @@ def test_crop(llama: PreTrainedModel, max_length: int | None) -> None:
     torch.testing.assert_close(state(cache), before)
 
 
+@pytest.mark.parametrize("max_length", [None, 128])
+def test_a_copy_goes_on_after_inference_mode(
+    llama: PreTrainedModel, max_length: int | None
+) -> None:
+    cache, inputs = KVCache(llama, LOSSLESS, max_length=max_length), prompt(padding=30)
+    with torch.inference_mode():
+        generate(llama, cache, inputs, max_new_tokens=5)
+        copied = copy.deepcopy(cache)
+        copied.crop(-3)
+    ids = prompt(tokens=3, seed=1)["input_ids"]
+    mask = torch.ones(2, int(cache.get_seq_length()), dtype=torch.int64)
+    mask[:, : inputs["attention_mask"].shape[1]] = inputs["attention_mask"]
+    cache.crop(-3)
+    mine, theirs = (forward(llama, x, ids, attention_mask=mask) for x in (copied, cache))
+    assert torch.equal(mine, theirs)
+
+
 def test_crop_of_padding(llama: PreTrainedModel) -> None:
     inputs, ids = prompt(padding=30), prompt(tokens=20, seed=1)["input_ids"]
     cache = KVCache(llama, LOSSLESS)

@@ -1,5 +1,7 @@
 """Caches live longer than the mode they were made or grown in."""
 
+import copy
+
 import pytest
 import torch
 
@@ -18,7 +20,9 @@ def test_a_cache_goes_on_after_inference_mode(max_length: int | None) -> None:
         layer.select([1, 0])
         child = layer.fork()
         child.select([0, 1, 0])
-    for each, rows in ((layer, 2), (child, 3)):
+        copied = copy.deepcopy(layer)
+        copied.crop(30)
+    for each, rows in ((layer, 2), (child, 3), (copied, 2)):
         k = torch.randn(rows, 2, 700, 16)
         each.append(k, k)
         each.decode(k[:, :, :1], k[:, :, :1], k[:, :, :1])

@@ -72,6 +72,46 @@ def test_pages_that_come_round(max_length):
         assert torch.equal(x, y)
 
 
+@pytest.mark.parametrize("tokens", [3, 40])
+def test_sink_logits_of_any_layout(tokens):
+    """Every second of more logits, or one for all heads: kernels read them side by side."""
+    eager, kernels = (
+        KVQuantizer.get("kivi", residual_length=32).new_layer(
+            batch_size=1,
+            num_kv_heads=2,
+            head_dim=32,
+            dtype=torch.float32,
+            device=DEVICE,
+            impl=impl,
+        )
+        for impl in ("eager", "triton")
+    )
+    for s_aux in (torch.randn(8)[::2], torch.tensor([2.0]).expand(4)):
+        q, k, v = (torch.randn(1, heads, tokens, 32, device=DEVICE) for heads in (4, 2, 2))
+        expected, out = (x.decode(q, k, v, s_aux=s_aux.to(DEVICE)) for x in (eager, kernels))
+        torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_mapped_prompt_in_pieces():
+    """A second piece of a prompt attends before any token of the first one is packed."""
+    eager, kernels = (
+        KVQuantizer.get("quarot", residual_length=64).new_layer(
+            batch_size=1,
+            num_kv_heads=1,
+            head_dim=32,
+            dtype=torch.float32,
+            device=DEVICE,
+            impl=impl,
+        )
+        for impl in ("eager", "triton")
+    )
+    for t in (20, 40):
+        q, k, v = (torch.randn(1, heads, t, 32, device=DEVICE) for heads in (2, 1, 1))
+        expected, out = (layer.decode(q, k, v) for layer in (eager, kernels))
+        torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
+    assert kernels.packed_lengths() == [0]
+
+
 def test_a_device_without_kernels_is_refused():
     from kivi.kernels import triton_ops
 

@@ -41,6 +41,7 @@ MAX_SPLITS = 32
 
 def division(programs: int, tiles: int, resident: int, device: torch.device) -> int:
     """Into how many shares the tiles of a row go; nothing here may read the device."""
+    tiles = max(1, tiles)  # rows that have no pages yet
     slots = resident * _multiprocessors(device)
     most = max(1, min(MAX_SPLITS, tiles // 4, 2 * slots // programs + 4))
     # Rounds of programs, in units of a whole row; a share costs about what a tile or two do.
