@@ -49,6 +49,8 @@ def environment() -> dict[str, str]:
 
 def report(title: str, rows: list[dict[str, object]], out: str | None) -> None:
     """Print rows as a table and, if `out` is given, write them there as JSON."""
+    if not rows:
+        raise SystemExit("no case has a name that contains what was asked for")
     table = Table(*rows[0], title=title)
     for row in rows:
         table.add_row(*(f"{x:.3g}" if isinstance(x, float) else str(x) for x in row.values()))

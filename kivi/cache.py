@@ -185,7 +185,6 @@ class LayerCache(steps.Lasting):
         if t == 0:
             return q.new_empty(b, q.shape[1], 0, self.value_head_dim)
         scale = d**-0.5 if scale is None else scale
-        s_aux = None if s_aux is None else s_aux.contiguous()
         # torch.no_grad() takes a while even where it changes nothing.
         with torch.no_grad() if torch.is_grad_enabled() else _NOTHING:
             step, host = self._step(t, valid, traced)

@@ -144,6 +144,8 @@ def decode_attention(
     Returns:
         out `[B, Hq, T, Dv]` in q's dtype; log-sum-exp `[B, Hq, T]` float32.
     """
+    if s_aux is not None:
+        s_aux = s_aux.contiguous()
     short = direct(q, s_aux, cpu=INTERPRETED)
     # As the operator takes them: Triton compiles anew for numbers of other types.
     scale, softcap = float(scale), None if softcap is None else float(softcap)

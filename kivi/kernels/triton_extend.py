@@ -176,6 +176,8 @@ def extend_attention(
         out `[B, Hq, T, Dv]` in q's dtype; log-sum-exp `[B, Hq, T]`, or None where the plain causal
         kernel of PyTorch did the work.
     """
+    if s_aux is not None:
+        s_aux = s_aux.contiguous()
     windowed = sliding_window is not None and q.shape[2] > sliding_window
     plain = valid is None and mask is None and softcap is None and s_aux is None
     if view is None and plain and not windowed:

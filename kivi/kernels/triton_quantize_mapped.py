@@ -62,7 +62,8 @@ def _constants(
 
 def _aligned(x: Tensor) -> Tensor:
     """What can be read 16 bytes at a time from every token on."""
-    steps = [stride * x.element_size() for stride in x.stride()[:-1]]
+    strides = [n for n, size in zip(x.stride(), x.shape, strict=True) if size > 1]
+    steps = [n * x.element_size() for n in strides[:-1]]
     if x.stride(-1) == 1 and not any(n % 16 for n in (x.data_ptr(), *steps)):
         return x
     return x.clone(memory_format=torch.contiguous_format)
