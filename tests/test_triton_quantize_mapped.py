@@ -67,6 +67,7 @@ def test_other_grids(bits: int, grid: str) -> None:
         (2, None, 128, 128, 128, "hadamard"),
         (2, None, 64, 256, 128, "hadamard"),
         (3, None, 32, 256, 64, "hadamard"),
+        (3, None, 32, 512, 128, "hadamard"),
         (8, None, 32, 128, 128, "hadamard"),
         (4, None, 32, 128, 128, None),
         (1, 32, 64, 64, 32, "hadamard_32"),

@@ -247,6 +247,7 @@ def _span(
             if BITS == 3:
                 bits = words + 2 * ROWS * D
                 put_thirds(bits, thirds, plane - PUT, D, PUT, LANES, VECTOR, FORMAT[9])
+                thirds = none
         before = packed
     return bad
 
