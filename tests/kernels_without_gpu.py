@@ -1,8 +1,9 @@
 """The operators' host code where there is no GPU: what it would launch is compiled, or counted.
 
 `python tests/kernels_without_gpu.py compile TARGET [KERNEL ...]` compiles for "sm_80", "sm_90" or
-"gfx942" what a few calls launch, and prints of each kernel the shared memory, and how many loads
-and stores the compiler sees, as JSON; `variants` makes many calls, compiles nothing, and prints how
+"gfx942" what a few calls launch, and prints of each kernel the shared memory, how many loads and
+stores the compiler sees, and how rows and columns lie in the threads of a warp where its assembly
+passes elements among them, as JSON; `variants` makes many calls, compiles nothing, and prints how
 many times it would have, and for how many different constants. Must run in a process of its own,
 without TRITON_INTERPRET.
 """
@@ -40,6 +41,8 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 ACCESS = re.compile(r"tt\.(?:load|store)\b")
+LAYOUT = re.compile(r"^(#\w+) = #ttg\.blocked<.*threadsPerWarp = \[(.*?)\]", re.MULTILINE)
+AMONG = re.compile(r"elementwise_inline_asm \"[^\"]*(?:shfl\.|mma\.|bar\.warp).*(#\w+)>")
 Q = QuantSpec
 KIVI = KVSpec(Q(2, "channel", 32), Q(2, "token", 32), 32, 4)
 PLUMB = Q(2, "token", None, "unbiased", transform="hadamard", center=128, smooth="outliers")
@@ -203,6 +206,12 @@ def recorded(calls: Callable[[], None]) -> dict[str, dict[str, tuple]]:
     return seen
 
 
+def among_threads(ttgir: str) -> set[str]:
+    """Threads of a warp by dimension, of tensors whose elements assembly passes among them."""
+    layouts = dict(LAYOUT.findall(ttgir))
+    return {layouts.get(name, name) for name in AMONG.findall(ttgir)}
+
+
 def main(mode: str, target: str = "sm_90", *only: str) -> None:
     become(TARGETS[target])
     result: dict[str, object] = {}
@@ -212,7 +221,9 @@ def main(mode: str, target: str = "sm_90", *only: str) -> None:
                 continue
             built = [f.preload(kind["specialization_data"]) for f, kind in kinds.values()]
             seen = [len(ACCESS.findall(kernel.asm.get("ttir", ""))) for kernel in built]
-            result[name] = (max(kernel.metadata.shared for kernel in built), max(seen))
+            layouts = set().union(*(among_threads(kernel.asm.get("ttgir", "")) for kernel in built))
+            shared = max(kernel.metadata.shared for kernel in built)
+            result[name] = (shared, max(seen), sorted(layouts))
     else:
         for name, kinds in recorded(many_calls).items():
             constants = {str((kind["constants"], kind["num_warps"])) for _, kind in kinds.values()}

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from kivi.kernels import triton_token as token
 from kivi.kernels import triton_token_memory as memory
+from kivi.kernels import triton_token_stage as stage
 from kivi.kernels.triton_grids import round_to
 from kivi.kernels.triton_tile_mma import pairs_of_inverses, signs, times_pairs, without_small
 from kivi.kernels.triton_tile_pack import plane_weight
@@ -50,6 +51,9 @@ def _factors(
 def _planes(
     sources,  # x, valid, factors, centers: of the first token
     targets,  # packed, thirds, scale, zero, meta, plane
+    slot,  # of the first tokens, if STAGED
+    ring,  # the first slot
+    left,  # planes that follow in the program
     valid_token,
     nothing,
     X_TOKEN: tl.constexpr,
@@ -62,8 +66,12 @@ def _planes(
     SMALL: tl.constexpr,  # whether small elements are dropped
     TENSOR: tl.constexpr,  # whether by tensor cores
     CHECKED: tl.constexpr,
+    STAGED: tl.constexpr,  # whether tokens come through shared memory
 ):
-    """Add the codes of planes to bytes of words; 1 where a token's scale is not finite."""
+    """Add the codes of planes to bytes of words; 1 where a token's scale is not finite.
+
+    Also the slot that follows, if STAGED.
+    """
     BITS: tl.constexpr = FORMAT[0]
     G: tl.constexpr = FORMAT[2]
     WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
@@ -84,7 +92,13 @@ def _planes(
     third_weight = plane_weight(plane % 8, 1)
     for number in tl.range(PLANES):
         if TENSOR:
-            own = memory.load_pairs(x + row * X_TOKEN, LANES, VECTOR, D // (LANES * VECTOR))
+            if STAGED:
+                own = stage.take(stage.wait(slot, stage.SLOTS - 1))
+                later = x + stage.SLOTS * ROWS * X_TOKEN
+                stage.copy(slot, later, X_TOKEN, left - number >= stage.SLOTS)
+                slot = stage.following(slot, ring)
+            else:
+                own = memory.load_pairs(x + row * X_TOKEN, LANES, VECTOR, D // (LANES * VECTOR))
             if len(factors) > 0:
                 own = times_pairs(own, factors)
             own, huge = without_small(own)
@@ -145,7 +159,7 @@ def _planes(
             thirds = token.turned(thirds, turned)
         else:
             packed = token.turned(packed, turned)
-    return packed, thirds, bad
+    return packed, thirds, bad, slot
 
 
 @triton.jit
@@ -214,9 +228,18 @@ def _span(
     factors = _factors(smooth, row * nothing, D, LANES, VECTOR, TENSOR, FORMAT[9])
     none = token.zeros(ROWS, LANES, D // (4 * LANES))
     before, thirds = none, none
+    STAGED: tl.constexpr = TENSOR and D == 128 and CENTERED <= BYTE and CENTERED < stage.SLOTS
+    ring, left, of_means = nothing, U // ROWS - 1, ()
+    if STAGED:
+        if smooth is not None:
+            of_means = stage.inverses(smooth)
+        ring = stage.ring(nothing)
+        for k in tl.static_range(stage.SLOTS):
+            stage.copy(ring + k * stage.SLOT, x + k * ROWS * X_TOKEN, X_TOKEN, left >= k)
+    slot = ring
     bad = tl.zeros([ROWS, LANES], tl.int32)
     for part in tl.range(PARTS):
-        if FORMAT[9] and PARTS > 1:  # noqa: SIM102
+        if FORMAT[9] and PARTS > 1 and not STAGED:  # noqa: SIM102
             if part + 1 < PARTS:
                 memory.prefetch(x + BYTE * ROWS * X_TOKEN, X_TOKEN, D, BYTE * ROWS)
         packed = none
@@ -224,17 +247,23 @@ def _span(
             centers = ()
             if center is not None:
                 at = center + plane // CENTERED * D
-                if plane % CENTERED == 0:
+                if plane % CENTERED == 0 and not STAGED:
                     _center(
                         *(at, x, valid, smooth, valid_token, X_TOKEN, FORMAT, MAP),
                         *(D, PADDED, CENTERED * ROWS, LANES, VECTOR, CHECKED),
                     )
-                centers = memory.load(at + row * (16 * nothing), LANES, VECTOR, PIECES, FORMAT[9])
-            packed, thirds, new_bad = _planes(
+                if STAGED:
+                    slot = stage.wait(slot, stage.SLOTS - CENTERED)
+                    centers = stage.centers(slot, ring, at, of_means, CENTERED, MAP, FORMAT)
+                else:
+                    centers = memory.load(
+                        at + row * (16 * nothing), LANES, VECTOR, PIECES, FORMAT[9]
+                    )
+            packed, thirds, new_bad, slot = _planes(
                 (x, valid, factors, centers),
                 (packed, thirds, scale, zero, meta, plane),
-                *(valid_token, nothing, X_TOKEN, FORMAT, MAP),
-                *(D, SHARED, LANES, VECTOR, SMALL, TENSOR, CHECKED),
+                *(slot, ring, left, valid_token, nothing, X_TOKEN, FORMAT, MAP),
+                *(D, SHARED, LANES, VECTOR, SMALL, TENSOR, CHECKED, STAGED),
             )
             bad |= new_bad
             x += SHARED * ROWS * X_TOKEN
@@ -242,6 +271,7 @@ def _span(
             if valid is not None:
                 valid += SHARED * ROWS * valid_token
             plane += SHARED
+            left -= SHARED
         if (part + 1) % (PUT // BYTE) == 0:
             put_planes(words, before, packed, plane - PUT, D, WIDTH, PUT, LANES, FORMAT[9])
             if BITS == 3:

@@ -37,7 +37,8 @@ def some(xs, START: tl.constexpr, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _butterfly(xs, APART: tl.constexpr):
+def butterfly(xs, APART: tl.constexpr):
+    """Sums and differences of elements so far apart."""
     out = ()
     for k in tl.static_range(len(xs)):
         out = out + ((xs[k - APART] - xs[k]) if k & APART else (xs[k] + xs[k + APART]),)
@@ -61,11 +62,11 @@ def hadamard(xs, BLOCK: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr)
     IN_VECTOR: tl.constexpr = min(BLOCK, VECTOR)
     IN_LANES: tl.constexpr = min(BLOCK // IN_VECTOR, LANES)
     for k in tl.static_range(log2(IN_VECTOR)):
-        xs = _butterfly(xs, 2**k)
+        xs = butterfly(xs, 2**k)
     for k in tl.static_range(log2(IN_LANES)):
         xs = _butterfly_of_lanes(xs, LANES, 2**k)
     for k in tl.static_range(log2(BLOCK // (IN_VECTOR * IN_LANES))):
-        xs = _butterfly(xs, VECTOR * 2**k)
+        xs = butterfly(xs, VECTOR * 2**k)
     return scaled(xs, 2.0 ** -(log2(BLOCK) // 2))
 
 
@@ -78,7 +79,7 @@ def hadamard_by_tensor_cores(
     SIX: tl.constexpr = STEPS > 0 and len(pairs) % 16 == 0
     xs = hadamard_of_pairs(pairs, signs, nothing, SIX, -(log2(BLOCK) // 2))
     for k in tl.static_range(1 if SIX else 0, STEPS):
-        xs = _butterfly(xs, VECTOR * 2**k)
+        xs = butterfly(xs, VECTOR * 2**k)
     return xs
 
 

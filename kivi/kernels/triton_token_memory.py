@@ -34,7 +34,7 @@ def store(pointers, x):
 
 
 @triton.jit
-def _four(source, OFFSET: tl.constexpr):
+def four(source, OFFSET: tl.constexpr):
     """The four int32 at pointers aligned to 16 bytes."""
     asm: tl.constexpr = "ld.global.v4.b32 {$0, $1, $2, $3}, [$4];"
     types: tl.constexpr = (tl.int32, tl.int32, tl.int32, tl.int32)
@@ -65,8 +65,8 @@ def load(
     if FAST and VECTOR * SIZE % 16 == 0:
         at = source + tl.arange(0, LANES)[None, :] * VECTOR
         for piece in tl.static_range(PIECES):
-            for four in tl.static_range(VECTOR * SIZE // 16):
-                words = _four(at, (piece * LANES * VECTOR) * SIZE + 16 * four)
+            for part in tl.static_range(VECTOR * SIZE // 16):
+                words = four(at, (piece * LANES * VECTOR) * SIZE + 16 * part)
                 for k in tl.static_range(4):
                     if SIZE == 4:
                         out = out + (words[k].to(tl.float32, bitcast=True),)
@@ -88,5 +88,5 @@ def load_pairs(source, LANES: tl.constexpr, VECTOR: tl.constexpr, PIECES: tl.con
     at = source + tl.arange(0, LANES)[None, :] * VECTOR
     out = ()
     for piece in tl.static_range(PIECES):
-        out = out + _four(at, piece * (LANES * VECTOR * 2))
+        out = out + four(at, piece * (LANES * VECTOR * 2))
     return out
