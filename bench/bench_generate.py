@@ -317,9 +317,20 @@ def paper(
 
 
 @app.command()
-def plot(record: Path, picture: Path, along: str = "context", model: str = "llama-3.1-8b") -> None:
-    """Tokens/s and peak memory along "context" or "batch", for the most frequent other number."""
-    generate_record.plot(record, picture, along, model)
+def plot(
+    record: Path,
+    picture: Path,
+    model: str = "llama-3.1-8b",
+    caches: Caches = "dynamic,static,quanto-2,hqq-2,kivi-2,kivi-2-compiled,kivi-4-compiled",
+    batch: Annotated[int, typer.Option(help="Of the panels along contexts.")] = 1,
+    context: Annotated[int, typer.Option(help="Of the panels along batches.")] = 32768,
+) -> None:
+    """Tokens/s and peak memory along contexts, and along batches."""
+    names = parse_caches(caches)
+    try:
+        generate_record.plot(record, picture, model, names, batch, context)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 if __name__ == "__main__":
