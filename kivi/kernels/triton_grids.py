@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kivi.kernels.triton_tile_pack import high_half, low_half, pair, unpair
+from kivi.kernels.triton_tile_pack import pair, unpair
 
 # 1.5 * 2^23: adding it rounds a float32 below 2^22 to an integer, half to even. As int32, the sum
 # has that integer in its low bits, and no other bit set in the low 16.
@@ -65,16 +65,11 @@ def _finite_pairs(x):
 def _min(x, CHANNEL: tl.constexpr):
     axis: tl.constexpr = 1 if CHANNEL else 2
     if x.dtype == tl.int32:  # pairs
-        if CHANNEL:
-            x = unpair(tl.reduce(x, axis, _least_pair, keep_dims=True))
-        else:
-            x = tl.reduce(x, 3, _least_pair, keep_dims=True)
-            x = tl.reduce(x, axis, _least_pair, keep_dims=True)
-            x = tl.minimum(low_half(x), high_half(x))
+        x = unpair(tl.reduce(x, axis, _least_pair, keep_dims=True))
     else:
-        if not CHANNEL:
-            x = tl.reduce(x, 3, tl.standard._elementwise_min, keep_dims=True)
         x = tl.reduce(x, axis, tl.standard._elementwise_min, keep_dims=True)
+    if not CHANNEL:
+        x = tl.reduce(x, 3, tl.standard._elementwise_min, keep_dims=True)
     return x.to(tl.float32)
 
 
@@ -82,16 +77,11 @@ def _min(x, CHANNEL: tl.constexpr):
 def _max(x, CHANNEL: tl.constexpr):
     axis: tl.constexpr = 1 if CHANNEL else 2
     if x.dtype == tl.int32:  # pairs
-        if CHANNEL:
-            x = unpair(tl.reduce(x, axis, _largest_pair, keep_dims=True))
-        else:
-            x = tl.reduce(x, 3, _largest_pair, keep_dims=True)
-            x = tl.reduce(x, axis, _largest_pair, keep_dims=True)
-            x = tl.maximum(low_half(x), high_half(x))
+        x = unpair(tl.reduce(x, axis, _largest_pair, keep_dims=True))
     else:
-        if not CHANNEL:
-            x = tl.reduce(x, 3, tl.standard._elementwise_max, keep_dims=True)
         x = tl.reduce(x, axis, tl.standard._elementwise_max, keep_dims=True)
+    if not CHANNEL:
+        x = tl.reduce(x, 3, tl.standard._elementwise_max, keep_dims=True)
     return x.to(tl.float32)
 
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from kivi.kernels.triton_grids import encode, fit
-from kivi.kernels.triton_tile_pack import insert, insert_thirds, plane_weight
+from kivi.kernels.triton_tile_pack import insert, insert_thirds, pair, plane_weight, unpair
 from kivi.spec import PAGE_TOKENS, TILE_ROWS
 
 PAGE = tl.constexpr(PAGE_TOKENS)
@@ -20,7 +20,7 @@ ROWS = tl.constexpr(TILE_ROWS)
 
 # n changes with a prompt: a kernel would be compiled again for 1, and for multiples of 16. So would
 # it be where pages are those from an odd column of a table on.
-@triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=["page", "first"])
+@triton.jit(do_not_specialize=["n", "nothing"], do_not_specialize_on_alignment=["page", "first"])
 def quantize_tiles(
     words,  # [pages, heads, BITS, 32, D] int16
     scale,  # channel: [pages, heads, 512 / G, D]; token: [pages, heads, 512, D / G]
@@ -37,6 +37,7 @@ def quantize_tiles(
     valid_run,
     valid_head,
     valid_token,
+    nothing,  # 0, unknown to the compiler
     X_TOKEN: tl.constexpr,  # a stride too, of a layout and not of a prompt
     BITS: tl.constexpr,
     CHANNEL: tl.constexpr,
@@ -102,9 +103,12 @@ def quantize_tiles(
         i = i // VECTOR * VECTOR + i % VECTOR
         i += tl.arange(0, SPLIT)[None, None, :, None] * (PADDED // SPLIT)
         channel = group * G + i
-        meta = (place * PAGE + token + row) * META + group
-        known = None if META % BLOCK == 0 else group < META
-        inside = known if PADDED == G else (group < META) & (i < G)
+        # Times 1, unknown to the compiler: it would choose a layout for neighbouring tokens.
+        lane = tl.arange(0, PADDED // SPLIT // VECTOR)[None, None, None, :]
+        meta = (place * PAGE + token + row * (1 + nothing)) * META + group + lane
+        inside = None if META % BLOCK == 0 else group < META
+        known = lane == 0 if inside is None else inside & (lane == 0)
+        inside = inside if PADDED == G else (group < META) & (i < G)
         tile = 0
         word = row * D + channel
         packed = tl.zeros([BLOCK, ROWS, SPLIT, PADDED // SPLIT], tl.int32)
@@ -128,11 +132,15 @@ def quantize_tiles(
         raw = tl.load(source, mask=mask, other=None if mask is None else float("nan"))
         source += CHUNK * X_TOKEN
         s, z = fit(raw, BITS, GRID, OFFSET, CHANNEL, LIMIT, EPS, LEAST, UNIT, PAIRS)
-        tl.store(scale + meta, s.to(scale.dtype.element_ty), mask=known)
+        s_out = tl.broadcast_to(s, meta.shape) if not CHANNEL else s
+        tl.store(scale + meta, s_out.to(scale.dtype.element_ty), mask=known)
         if zero is not None:
-            tl.store(zero + meta, z.to(zero.dtype.element_ty), mask=known)
+            z_out = tl.broadcast_to(z, meta.shape) if not CHANNEL else z
+            tl.store(zero + meta, z_out.to(zero.dtype.element_ty), mask=known)
         meta += CHUNK // (G if CHANNEL else 1) * META
-        codes = encode(raw.to(tl.float32), s, z, BITS, EPS)
+        # Of pairs again: all that a thread has stays in it, where their statistics are.
+        elements = unpair(pair(raw)) if PAIRS and not CHANNEL else raw.to(tl.float32)
+        codes = encode(elements, s, z, BITS, EPS)
         if CHANNEL:
             codes = tl.reshape(codes, [TILES, SHARE, ROWS, BLOCK])
             offset = tl.arange(0, SHARE)[None, :, None, None]

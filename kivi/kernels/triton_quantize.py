@@ -151,7 +151,8 @@ def _launch(
     compiled_for = dict(_constants(*spec, unit, d, dtypes[0], _has_pairs(device)))
     warps = compiled_for.pop("num_warps")
     programs = runs * heads * (unit // compiled_for["SPAN"]) * compiled_for["BLOCKS"]
-    fixed = (heads, n, *strides[:3], *(of_valid or (0, 0, 0)), strides[3], *compiled_for.values())
+    numbers = (heads, n, *strides[:3], *(of_valid or (0, 0, 0)), 0, strides[3])
+    fixed = (*numbers, *compiled_for.values())
     return Launch(quantize_tiles, (programs, 1, 1), fixed, num_warps=warps)
 
 
