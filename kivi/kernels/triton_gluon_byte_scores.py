@@ -4,9 +4,14 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
-from kivi.kernels.triton_gluon_byte_steps import all_planes, by_plane, whole_query
+from kivi.kernels.triton_gluon_byte_steps import (
+    all_planes,
+    by_plane,
+    sum_of_query,
+    to_whole_query,
+)
 from kivi.kernels.triton_gluon_steps import cap
-from kivi.kernels.triton_tile_bytes import codes_of, products, whole_product
+from kivi.kernels.triton_tile_bytes import codes_of, offset, operand, products, whole_product
 from kivi.kernels.triton_tile_gluon import MMA, group_rows, halves, row_of
 from kivi.kernels.triton_tile_heads import (
     LANES,
@@ -15,6 +20,7 @@ from kivi.kernels.triton_tile_heads import (
     group_numbers,
     plane_numbers,
     plane_of_slot,
+    row_halves,
     row_numbers,
     split_groups,
     sum_of_rows,
@@ -39,19 +45,23 @@ def scores_by_channel(
         zq = mma_v2(meta, q, gl.zeros([16, 8], gl.float32, layout=MMA))
         zq, _odd = gl.split(halves(zq)[0].reshape([8, 4, 2]))
         zq = gl.convert_layout(zq, LANES, assert_trivial=True) * (unit_score * K_ZERO)
+    # The query times the scales, in 16 bits of the largest of all groups.
+    scale = row_halves(k_scale.index(0), D)
+    for g in gl.static_range(1, GROUPS):
+        scale = gl.maximum(scale, row_halves(k_scale.index(g), D))
+    _up, down = to_whole_query((own_q * scale.to(gl.float32),))
+    to_whole, unit = across(offset(down), D), down * q_unit
     s = ()
     for i in gl.static_range(NP):
         if (i * 32) % KG == 0:
-            # The query times the scales, in 16 bits
-            x = own_q * row_numbers(k_scale.index(i * 32 // KG), D)
-            qs, unit, sum_of_q, _x = whole_query((x,), q_unit, D)
+            qs = operand(own_q * row_numbers(k_scale.index(i * 32 // KG), D) + to_whole, D)
             bias = row_of(zq, i * 32 // KG, GROUPS)
             if FIRST and softcap is None:
                 bias -= shift
-        x = whole_product(codes_of(codes, KB, i), qs[0], 32)
+        x = whole_product(codes_of(codes, KB, i), qs, 32)
         own = bias
         if KB * (i + 1) == 8:
-            own += sum_of_q * unit * (128.0 / 2.0 ** (KB * i))
+            own += sum_of_query(qs, D) * unit * (128.0 / 2.0 ** (KB * i))
         x = x * across(unit * (1.0 / 2.0 ** (KB * i)), 32) + across(own, 32)
         if not FIRST:
             x += before[i]
@@ -110,12 +120,13 @@ def scores_by_channel_together(
     zq = fold_sum(own_q * group_numbers(k_zero, NP, GROUPS, D))
     bias = sum_of_rows(zq) * (q_unit * K_ZERO)
     x = own_q * group_numbers(k_scale, NP, GROUPS, D)
-    qs, unit, sum_of_q, _x = whole_query((x,), q_unit, D)
-    top = sum_of_q * (128.0 / 2.0 ** (KB * (NP - 1)))
+    _up, down = to_whole_query((x,))
+    qs, unit = operand(x + across(offset(down), D), D), down * q_unit
+    top = sum_of_query(qs, D) * (128.0 / 2.0 ** (KB * (NP - 1)))
     bias += gl.where(plane_of_slot(NP) == NP - 1, top, 0.0) * unit
     if FIRST and softcap is None:
         bias -= shift
-    x = all_planes(codes, qs[0], KB, NP) * across(unit * by_plane(2.0, -KB, 8, NP), 32)
+    x = all_planes(codes, qs, KB, NP) * across(unit * by_plane(2.0, -KB, 8, NP), 32)
     x += across(bias, 32)
     if not FIRST:
         x += before[0]

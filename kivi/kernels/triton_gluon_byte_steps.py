@@ -14,6 +14,7 @@ from kivi.kernels.triton_tile_bytes import (
     half_down,
     kept,
     mean_code,
+    offset,
     operand,
     whole,
     whole_product,
@@ -87,13 +88,13 @@ def weigh_values(
     probabilities that were not rounded: the small ones among them all round to 0.
     """
     NG: gl.constexpr = len(acc)
-    up, down = to_largest(top)
+    _up, down = to_largest(top)
     operands = ()
     for i in gl.static_range(len(p)):
-        weight = by_plane(2.0, -VB, 4, NP) if TOGETHER else 1.0 / 2.0 ** (VB * i % 4)
-        x = p[i] * across(up * weight, 32)
+        weight = by_plane(2.0, VB, 4, NP) if TOGETHER else 2.0 ** (VB * i % 4)
+        to_whole = across(offset(down * weight), 32)
         for g in gl.static_range(NG):
-            operands = operands + (operand(x * scales[i][g].to(gl.float32), 32),)
+            operands = operands + (operand(p[i] * scales[i][g].to(gl.float32) + to_whole, 32),)
     out = ()
     for g in gl.static_range(NG):
         lower_half = bytes_of(v_words.index(g).permute((1, 0)).load(OPERAND_A), upper, VG, 32)
@@ -151,26 +152,19 @@ def all_planes(codes, qs, KB: gl.constexpr, NP: gl.constexpr):
 
 
 @gluon.jit
-def whole_query(x, unit, D: gl.constexpr):
-    """Queries as whole operands B; a score's unit and their sums, `[8, 4]`; and what was rounded.
-
-    All of pieces of D channels.
-    """
+def to_whole_query(x):
+    """The power of 2 that brings queries, pieces of channels, close to LARGEST, and its inverse."""
     top = fold_max(gl.abs(x[0]))
     for c in gl.static_range(1, len(x)):
         top = gl.maximum(top, fold_max(gl.abs(x[c])))
-    up, down = to_largest(largest_row(top))
-    rounded = ()
-    qs = ()
-    for c in gl.static_range(len(x)):
-        rounded = rounded + (x[c] * across(up, D),)
-        qs = qs + (operand(rounded[c], D),)
+    return to_largest(largest_row(top))
+
+
+@gluon.jit
+def sum_of_query(q, D: gl.constexpr):
+    """Sums `[8, 4]` of an operand B of D channels."""
     one = gl.full([16, D], 1, gl.int8, layout=BYTES_A)
-    unit = down * unit
-    total = fold_max(whole_product(one, qs[0], 16))
-    for c in gl.static_range(1, len(x)):
-        total += fold_max(whole_product(one, qs[c], 16))
-    return qs, unit, total, rounded
+    return fold_max(whole_product(one, q, 16))
 
 
 @gluon.jit

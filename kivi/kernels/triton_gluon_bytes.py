@@ -20,9 +20,10 @@ from kivi.kernels.triton_gluon_byte_steps import (
     add_centers,
     follow,
     plane_masks,
+    sum_of_query,
+    to_whole_query,
     too_large,
     weigh_values,
-    whole_query,
 )
 from kivi.kernels.triton_gluon_steps import (
     fetch_centers,
@@ -31,7 +32,13 @@ from kivi.kernels.triton_gluon_steps import (
     fetch_token_groups,
     fetch_values,
 )
-from kivi.kernels.triton_tile_bytes import bytes_of, mean_code, multiply_add
+from kivi.kernels.triton_tile_bytes import (
+    bytes_of,
+    mean_code,
+    multiply_add,
+    offset,
+    operand,
+)
 from kivi.kernels.triton_tile_gluon import OPERAND_A
 from kivi.kernels.triton_tile_heads import (
     LANES,
@@ -99,10 +106,16 @@ def attend_packed_bytes(
     SETS: gl.constexpr = NP // PLANES
     masks = plane_masks(PLANES)
     if MAPPED:
-        qs, unit, sum_of_q, x = whole_query(own_q, q_unit, WIDE)
-        own_q = ()
+        up, down = to_whole_query(own_q)
+        unit = down * q_unit
+        sum_of_q = gl.zeros([8, 4], gl.float32, layout=LANES)
+        qs = ()
+        x = ()
         for c in gl.static_range(PIECES):
-            own_q = own_q + (x[c].to(dtype),)
+            qs = qs + (operand(own_q[c] + across(offset(down), WIDE), WIDE),)
+            sum_of_q += sum_of_query(qs[c], WIDE)
+            x = x + ((own_q[c] * across(up, WIDE)).to(dtype),)
+        own_q = x
     for step in range(first, hi):
         last = gl.minimum((n - step * STEP) // 32, NP) - 1
         step1 = step + 1

@@ -108,8 +108,18 @@ def codes_of(x, bits: gl.constexpr, plane: gl.constexpr):
 
 
 @gluon.jit
+def offset(down):
+    """What added to numbers leaves them over `down`, rounded, in the low bits of a float32.
+
+    `down`: a power of 2 that they are at most LARGEST times as large as. 128, as lower bytes have
+    signs too. To add it costs nothing where numbers are products.
+    """
+    return down * (WHOLE + 128.0)
+
+
+@gluon.jit
 def operand(x, rows: gl.constexpr):
-    """Numbers `[rows / 8, 8, 4]` of at most LARGEST, rounded, as operand B `[rows, 8]`.
+    """Numbers `[rows / 8, 8, 4]` plus their `offset`, rounded, as operand B `[rows, 8]`.
 
     Row `8 e + 2 c + f` of 16 comes to `4 c + 2 f + e`. `movmatrix` transposes pairs of bytes.
     """
@@ -119,7 +129,7 @@ def operand(x, rows: gl.constexpr):
         "movmatrix.sync.aligned.m8n8.trans.b16 $0, t; "
         "movmatrix.sync.aligned.m8n8.trans.b16 $1, u; }",
         "=r,=r,r,r,r,r",
-        [x + (WHOLE + 128.0)],
+        [x],
         dtype=(gl.int8, gl.int8),
         is_pure=True,
         pack=4,

@@ -173,11 +173,16 @@ def is_any(x):
 
 
 @gluon.jit
-def row_numbers(memory, rows: gl.constexpr):
-    """Shared 16-bit numbers of `rows` rows, alike for all heads: `[rows / 8, 8, 1]` float32."""
+def row_halves(memory, rows: gl.constexpr):
+    """Shared 16-bit numbers of `rows` rows, alike for all heads: `[rows / 8, 8, 1]`."""
     from_memory = view_as(memory, memory.dtype, [rows // 8, 8], PLAIN)
-    x = from_memory.load(gl.SliceLayout(2, rows_of_heads(rows)))
-    return x.to(gl.float32)[:, :, None]
+    return from_memory.load(gl.SliceLayout(2, rows_of_heads(rows)))[:, :, None]
+
+
+@gluon.jit
+def row_numbers(memory, rows: gl.constexpr):
+    """`row_halves` as float32."""
+    return row_halves(memory, rows).to(gl.float32)
 
 
 @gluon.jit
