@@ -13,12 +13,11 @@ from kivi.quantizer import KVQuantizer
 from kivi.spec import KVSpec, OpaqueSpec, QuantSpec, check_choice
 from kivi.transforms import hadamard, inverse_hadamard
 
-
 TIE = 1e-9
 """Steps whose imbalance differs by no more are equally good; the last one counts.
 
-At the end all are: a step then moves a factor from columns to rows and nothing else, as a column
-has other degrees of freedom than a row. Rounding must not choose between them.
+At the end all are: columns and rows deviate from other means, so that a step still moves a factor
+from the ones to the others, and nothing else. Rounding must not choose between them.
 """
 
 
