@@ -56,8 +56,9 @@ class Turbo(OpaqueSpec):
         stored = norm.clamp_max(65504).float().half()
         parts = [join_bits(codes, self.bits - self.product), stored]
         if self.product:
-            rest = unit - precise(levels[codes], rotation) / math.sqrt(d)
-            sketch = precise(rest, random_matrix(d, d, False, x.device).T) >= 0
+            rest = (place - levels[codes]) / math.sqrt(d)  # rotated, which keeps its length
+            projection = precise(rotation, random_matrix(d, d, False, x.device).T)
+            sketch = precise(rest, projection) >= 0
             parts += [join_bits(sketch, 1), rest.norm(dim=-1, keepdim=True).float().half()]
         return tuple(parts)
 
