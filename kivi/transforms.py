@@ -153,6 +153,15 @@ _orthogonal._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _gaussian._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def precise(x: Tensor, matrix: Tensor) -> Tensor:
+    """`x @ matrix` in float64: the same numbers on every device, but for the last bits of those.
+
+    What is rounded next would now and then be rounded otherwise; a GPU may also have been told to
+    multiply float32 with ten bits of mantissa.
+    """
+    return x.double() @ matrix.double()
+
+
 def random_matrix(rows: int, columns: int, orthogonal: bool, device: torch.device) -> Tensor:
     """A fixed random matrix `[rows, columns]`, the same wherever it is asked for.
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 ACROSS = ("prmt", "movmatrix", "shfl")  # where it matters which lane holds what
 KINDS = {"f16": torch.float16, "bf16": torch.bfloat16}
+BYTES = {"u8": 1, "b16": 2, "b32": 4}
 LANE = torch.arange(32)
 
 
@@ -70,8 +71,10 @@ def _permute(a: Tensor, b: Tensor, selector: Tensor) -> Tensor:
     out = torch.zeros_like(a)
     for i in range(4):
         byte = chosen >> 4 * i & 15
-        assert byte < 8, "signs are not served"
-        out = out | (((a, b)[byte // 4] >> byte % 4 * 8 & 255) << 8 * i)
+        value = (a, b)[byte % 8 // 4] >> byte % 4 * 8 & 255
+        if byte >= 8:  # eight times its sign
+            value = (value >> 7) * 255
+        out = out | value << 8 * i
     return out
 
 
@@ -82,9 +85,38 @@ def _transpose(x: Tensor) -> Tensor:
     return low | high << 16
 
 
+def _dot_bytes(a: Tensor, b: Tensor, total: Tensor) -> Tensor:
+    for i in range(4):
+        total = total + (a >> 8 * i & 255) * (b >> 8 * i & 255)
+    return total & 0xFFFFFFFF
+
+
+def _of_singles(operation: str, x: list[Tensor]) -> Tensor:
+    """float32 arithmetic; what is approximate on a GPU is exact but for its rounding."""
+    a, *others = (_single(y).double() for y in x)
+    match operation:
+        case "neg":
+            out = -a
+        case "max":
+            out = torch.maximum(a, others[0])
+        case "mul":
+            out = a * others[0]
+        case "fma":
+            out = a * others[0] + others[1]
+        case "rcp":
+            out = 1 / a
+        case "rsqrt":
+            out = a.rsqrt()
+        case _:
+            raise NotImplementedError(operation)
+    return _bits_of_single(out.float())
+
+
 def _value(name: str, x: list[Tensor]) -> Tensor:
     """What an instruction makes of its operands."""
     operation, *kinds = name.split(".")
+    if kinds[-1] == "f32":
+        return _of_singles(operation, x)
     match operation:
         case "mov":
             return x[0]
@@ -115,10 +147,12 @@ def _value(name: str, x: list[Tensor]) -> Tensor:
             return _in_pairs(torch.minimum, kinds[-1], x)
         case "max":
             return _in_pairs(torch.maximum, kinds[-1], x)
+        case "dp4a":
+            return _dot_bytes(*x)
+        case "cvt" if kinds == ["u16", "u32"]:
+            return x[0] & 0xFFFF
         case "cvt":
             return _bits_of_single(number(x[0], KINDS[kinds[1]]).float())
-        case "mul":
-            return _bits_of_single(_single(x[0]) * _single(x[1]))
     raise NotImplementedError(name)
 
 
@@ -133,15 +167,40 @@ def _parsed(text: str) -> list[tuple[str, str, list[str]]]:
     return lines
 
 
-def run_ptx(text: str, registers: dict[str, Tensor]) -> None:
-    """Run instructions; registers are read and written by name."""
+def _names(operand: str) -> list[str]:
+    return [name.strip() for name in operand.strip("{}[]").split(",")]
+
+
+def _move(name: str, target: str, source: str, read: Any, registers: Any, memory: Any) -> None:
+    """To or from memory."""
+    size, loads = BYTES[name.rpartition(".")[2]], name.startswith("ld")
+    address, names = (source, target) if loads else (target, source)
+    at = read(*_names(address))
+    if ".v4." in name:
+        assert not (at % 16).any(), "not aligned"
+    for i, register in enumerate(_names(names)):
+        if loads:
+            registers[register] = memory.load(at + i * size, size)
+        else:
+            memory.store(at + i * size, size, read(register))
+
+
+def run_ptx(text: str, registers: dict[str, Tensor], memory: Any = None) -> None:
+    """Run instructions; registers are read and written by name, memory by its `load`, `store`."""
 
     def read(source: str) -> Tensor:
         if source == "%laneid":
             return LANE
-        return registers[source] if source in registers else torch.tensor(int(source, 0))
+        if source in registers:
+            return registers[source]
+        return torch.tensor(int(source[2:], 16) if source[:2] == "0f" else int(source, 0))
 
     for name, target, sources in _parsed(text):
+        if name.startswith("prefetch"):
+            continue
+        if name.startswith(("ld.", "st.")):
+            _move(name, target, *sources, read, registers, memory)
+            continue
         value = _value(name, [read(source) for source in sources])
         if target.startswith("{"):
             low, high = target.strip("{ }").split(",")

@@ -6,7 +6,7 @@ imported. States come from a real LayerCache; everything that is not part of a r
 
 import math
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -20,6 +20,8 @@ if not GPU:
 triton = pytest.importorskip("triton")
 if not GPU and isinstance(triton.language.max, triton.JITFunction):
     pytest.skip("triton was imported before TRITON_INTERPRET=1", allow_module_level=True)
+
+from triton.runtime.interpreter import InterpreterBuilder  # noqa: E402
 
 from kivi import KVSpec, LayerCache, QuantSpec, store  # noqa: E402
 from kivi.grids import symmetric_offset  # noqa: E402
@@ -366,6 +368,25 @@ def test_huge_outliers(value: QuantSpec | None, dtype: torch.dtype) -> None:
     check(at, q, 0.01, slack=16)
     q[0, 0, 0, 3] = 100.0
     check(at, q, 1e-6, slack=16)
+
+
+@pytest.mark.skipif(GPU, reason="which does so by itself")
+@pytest.mark.parametrize(
+    "value", [Q(2, "token", 16), Q(3, "token", 16), Q(2, "token", 16, "symmetric")]
+)
+def test_huge_outliers_where_terms_are_added_one_by_one(
+    value: QuantSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a GPU multiplies float32: an fma a term, the first of them onto the accumulator."""
+
+    def create_dot(_: Any, a: Any, b: Any, acc: Any, *precision: object) -> Any:
+        total = acc.data
+        for column, row in zip(a.data.T.astype(float), b.data.astype(float), strict=True):
+            total = (total + column[:, None] * row).astype(acc.data.dtype)
+        return type(acc)(total, acc.dtype.scalar)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
+    test_huge_outliers(value, FULL)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from ptx_in_interpreter import serve_assembly
 from test_triton_quantize import (
     DEVICE,
     GPU,
@@ -14,6 +15,7 @@ from test_triton_quantize import (
 )
 
 from kivi import KVQuantizer, LayerCache
+from kivi.kernels import triton_quantize_mapped
 from kivi.kernels.triton_formats import lanes, packs
 from kivi.quantize import empty_pages, quantize_pack
 from kivi.spec import BITS, QuantSpec
@@ -81,6 +83,26 @@ def test_shapes(bits, group, d, unit, center, transform) -> None:
     spec = QuantSpec(bits, "token", group, "unbiased", transform=transform, center=center)
     x = kinds((1, 1, unit, d), torch.bfloat16)
     check(spec, x, 512 - unit, smooth=factors(1, 1, d))
+
+
+@pytest.mark.skipif(GPU, reason="which runs its own assembly")
+@pytest.mark.parametrize(
+    ("bits", "d", "unit", "dtype", "kind"),
+    [
+        (1, 64, 512, torch.bfloat16, "outlier"),
+        (2, 32, 512, torch.float16, "plain"),
+        (2, 64, 128, torch.bfloat16, "nan"),
+        (3, 64, 512, torch.float16, "ties"),
+        (3, 32, 128, torch.bfloat16, "offset"),
+    ],
+)
+def test_assembly(bits, d, unit, dtype, kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The path of NVIDIA's GPUs, without their tensor cores."""
+    serve_assembly(monkeypatch)
+    monkeypatch.setattr(triton_quantize_mapped, "FAST", True)
+    x, smooth = tokens(kind, (1, 1, unit, d), dtype), factors(1, 1, d)
+    spec = QuantSpec(bits, "token", None, "unbiased", transform="hadamard", center=128)
+    check(spec, x, 512 - unit, smooth=smooth)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

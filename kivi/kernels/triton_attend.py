@@ -109,13 +109,13 @@ def attend(
     BIAS: tl.constexpr = 12.0 if HALF else (40.0 if SMALL and V_BITS > 0 else 0.0)
     SPARE: tl.constexpr = (1.0 if V_BITS == 3 else 3.0) if HALF else 0.0
     V_UNIT: tl.constexpr = tiles.unit_power(DTYPE, LINEAR)
+    AS_VALUES: tl.constexpr = V_TOKEN and DTYPE.is_fp32()  # see ops.as_values
 
     program = tl.program_id(0)
     split, program = program % splits, program // splits
     block, pair = program % blocks, program // blocks
     b, h = pair // heads, pair % heads
     n = tl.load(packed + b).to(tl.int32)
-    t = tl.arange(0, STEP)
 
     # As 16 rows if they are 8: then they are laid out as tensor cores take them.
     r = block * ROWS + tl.arange(0, max(16, ROWS))
@@ -166,7 +166,7 @@ def attend(
         # Planes that are not written read the last one that is, and get no weight.
         last = tl.minimum(n // 32 - chunk * PLANES, PLANES) - 1
         first = it % STEPS * STEP
-        row = first + t  # of a plane
+        row = first + tl.arange(0, STEP)  # of a plane
         keys = key_words + base * (K_ROW * D)
         values = value_words + base * (V_ROW * DV)
 
@@ -176,14 +176,12 @@ def attend(
             scales = key_scale + base * (PAGE // K_G * D)
             k_scales = tiles.channel_rows(scales, plane, last, first, K_G, K_SHARE, PLANES, D)
             if key_zero is not None:
-                i = tl.minimum(tl.arange(0, 8) * K_SHARE, last) + plane
-                i = (i * 32 + first) // K_G
+                i = ((tl.minimum(tl.arange(0, 8) * K_SHARE, last) + plane) * 32 + first) // K_G
                 zeros = key_zero + base * (PAGE // K_G * D)
                 k_zeros = tiles.load_tile(zeros, i, D, D).to(DTYPE)
                 if CENTRE > 0:
-                    k_zeros = ops.plus_times(
-                        k_zeros, tiles.load_tile(scales, i, D, D), CENTRE, WIDE
-                    )
+                    steps = tiles.load_tile(scales, i, D, D)
+                    k_zeros = ops.plus_times(k_zeros, steps, CENTRE, WIDE)
         if K_TOKEN:
             scales = key_scale + base * (PAGE * KN)
             k_scales = tiles.token_rows(scales, plane, last, row, KN, PLANES)
@@ -206,7 +204,7 @@ def attend(
             scales = value_scale + base * (PAGE * VN)
             if value_zero is not None:
                 zeros = value_zero + base * (PAGE * VN)
-                v_zeros = tiles.token_columns(zeros, plane, last, row, VN, PLANES)
+                v_zeros = tiles.token_zeros(zeros, plane, last, row, VN, PLANES, AS_VALUES)
             if BIAS > 0:
                 # This also brings the scales near; kept until they are used, they fill registers.
                 size = tiles.largest(scales, plane, last, first, STEP, VN, PLANES)
@@ -281,7 +279,7 @@ def attend(
                 center = center.to(tl.float32) * tiles.power(-V_FOLD)
                 mass = tl.sum(p, 1) * tiles.power(V_FOLD - V_UNIT)
                 acc = (acc[0] + center[:, None] * mass[None, :],)
-            if V_TOKEN and value_zero is not None:
+            if V_TOKEN and value_zero is not None and not AS_VALUES:
                 zero_acc = ops.dot(v_zeros[i].to(DTYPE), ops.cast(p_t, DTYPE, WIDE), zero_acc, WIDE)
             if V_CHANNEL and i % V_SHARE == 0:
                 group_acc = tl.zeros((tiles.padded(VG), ROWS), tl.float32)
@@ -292,7 +290,11 @@ def attend(
                 new_acc = ()
                 for g in tl.static_range(VN):
                     x = tl.trans(tiles.codes(v_words[g], i, V_BITS, part, LINEAR, FAST, DTYPE))
-                    if V_TOKEN:
+                    if AS_VALUES:
+                        zero = None if value_zero is None else v_zeros[i][g]
+                        x = ops.as_values(x, v_scales[i][g], zero, V_OFFSET, part)
+                        new_acc += (ops.dot(x, w, acc[g], WIDE),)
+                    elif V_TOKEN:
                         y = ops.times(w, v_scales[i][g][:, None], FAST, WIDE)
                         new_acc += (ops.dot(x, y, acc[g], WIDE),)
                         if value_zero is None and part == 0:

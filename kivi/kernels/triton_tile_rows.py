@@ -107,6 +107,23 @@ def plus_times(x, y, FACTOR: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
+def as_values(codes, scale, zero, OFFSET: tl.constexpr, PART: tl.constexpr):
+    """A part of the codes `[channels, tokens]` of a group as the values that it stands for.
+
+    For float32, which is added up token by token: beside an outlier's sum each small term is cut
+    off, and codes, none of which is negative, all in the same direction.
+    """
+    scale = scale.to(tl.float32)[None, :]
+    if PART > 0:
+        y = codes * scale
+    elif zero is None:
+        y = (codes - OFFSET) * scale
+    else:
+        y = codes * scale + zero.to(tl.float32)[None, :]
+    return y
+
+
+@triton.jit
 def row_of(
     G: tl.constexpr,
     value,

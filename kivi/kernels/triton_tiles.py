@@ -238,13 +238,21 @@ def token_rows(
 
 
 @triton.jit
-def token_columns(ptr, plane, last, row, N: tl.constexpr, PLANES: tl.constexpr):
-    """For each plane of a chunk, `[padded(N), tokens]`: the N and, to fill up, the same again."""
-    group = tl.arange(0, padded(N)) % N
-    out = ()
-    for i in tl.static_range(PLANES):
-        token = (plane + tl.minimum(i, last)) * 32 + row
-        out += (tl.load(ptr + token[None, :] * N + group[:, None]),)
+def token_zeros(
+    ptr, plane, last, row, N: tl.constexpr, PLANES: tl.constexpr, AS_ROWS: tl.constexpr
+):
+    """For each plane of a chunk, `[padded(N), tokens]`: the N and, to fill up, the same again.
+
+    AS_ROWS: `token_rows`.
+    """
+    if AS_ROWS:
+        out = token_rows(ptr, plane, last, row, N, PLANES)
+    else:
+        group = tl.arange(0, padded(N)) % N
+        out = ()
+        for i in tl.static_range(PLANES):
+            token = (plane + tl.minimum(i, last)) * 32 + row
+            out += (tl.load(ptr + token[None, :] * N + group[:, None]),)
     return out
 
 

@@ -7,10 +7,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kivi.grids import round_to
 from kivi.packing import join_bits, of_bytes, split_bits
 from kivi.quantizer import KVQuantizer
 from kivi.spec import KVSpec, OpaqueSpec, QuantSpec, check_choice
 from kivi.transforms import hadamard, inverse_hadamard
+
+TIE = 1e-9
+"""Steps whose imbalance differs by no more are equally good; the last one counts.
+
+At the end all are: columns and rows deviate from other means, so that a step still moves a factor
+from the ones to the others, and nothing else. Rounding must not choose between them.
+"""
 
 
 def normalize(x: Tensor, valid: Tensor, steps: int) -> tuple[Tensor, Tensor]:
@@ -19,31 +27,41 @@ def normalize(x: Tensor, valid: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     Each step divides columns, then rows by their standard deviation, in logarithms that stay in
     [-0.3, 10]; kept are the scales with the least imbalance, max / min of the deviations of columns
     plus that of rows. `valid`: what counts, like x.
-    """
 
-    def deviation(now: Tensor, dim: int) -> Tensor:
-        count = valid.sum(dim, keepdim=True)
-        mean = torch.where(valid, now, 0.0).sum(dim, keepdim=True) / count.clamp_min(1)
+    In float64: what is stored then hardly depends on the order of sums, which 16 steps amplify.
+    """
+    x = torch.where(valid, x.double(), 0.0)
+    counts = [valid.sum(dim, keepdim=True) for dim in (-2, -1)]
+
+    def deviation(now: Tensor, axis: int) -> Tensor:
+        dim, count = axis - 2, counts[axis]
+        mean = now.sum(dim, keepdim=True) / count.clamp_min(1)
         rest = torch.where(valid, now - mean, 0.0).square().sum(dim, keepdim=True)
         # What has no element of its own takes no part.
         return torch.where(count > 0, (rest / (count - 1).clamp_min(1)).sqrt(), torch.nan)
 
-    def imbalance(now: Tensor) -> Tensor:
-        both = [deviation(now, dim) for dim in (-2, -1)]
+    def scaled() -> Tensor:
+        return x * ((-logs[0]).exp() * (-logs[1]).exp())
+
+    def imbalance(both: list[Tensor]) -> Tensor:
         most = [d.nan_to_num(0.0).amax((-2, -1), keepdim=True) for d in both]
         least = [d.nan_to_num(torch.inf).amin((-2, -1), keepdim=True) for d in both]
         return sum(m / s.clamp_min(1e-8) for m, s in zip(most, least, strict=True))  # type: ignore[return-value]
 
     logs = [torch.zeros_like(x[..., :1, :]), torch.zeros_like(x[..., :1])]
-    best, least = [log.exp() for log in logs], imbalance(x)
+    spread = [deviation(x, axis) for axis in (0, 1)]
+    best, least = list(logs), imbalance(spread)
     for _ in range(steps):
-        for i, dim in enumerate((-2, -1)):
-            spread = deviation(x / (logs[0] + logs[1]).exp(), dim).nan_to_num(1.0)
-            logs[i] = (logs[i] + spread.clamp(1e-3, 1e3).log()).clamp(-0.3, 10.0)
-        found = imbalance(x / (logs[0] + logs[1]).exp())
-        best = [torch.where(found <= least, n.exp(), b) for n, b in zip(logs, best, strict=True)]
+        for axis in (0, 1):
+            own = deviation(scaled(), 1) if axis else spread[0]
+            logs[axis] = (logs[axis] + own.nan_to_num(1.0).clamp(1e-3, 1e3).log()).clamp(-0.3, 10.0)
+        now = scaled()
+        spread = [deviation(now, axis) for axis in (0, 1)]
+        found = imbalance(spread)
+        better = found <= least * (1 + TIE)
+        best = [torch.where(better, n, b) for n, b in zip(logs, best, strict=True)]
         least = torch.minimum(found, least)
-    return best[0], best[1]
+    return best[0].exp(), best[1].exp()
 
 
 @dataclass(frozen=True)
@@ -74,16 +92,16 @@ class Tile(OpaqueSpec):
         if self.by_channel:
             tile, mask = tile.transpose(-1, -2), mask.transpose(-1, -2)
         column, row = normalize(tile, mask, self.steps)
-        column = column.clamp_max(65504).half()
-        even = tile / column.float() / row
+        column = round_to(column.float(), torch.float16)
+        even = tile / column.double() / row
         low = torch.where(mask, even, torch.inf).amin(-1, keepdim=True)
         high = torch.where(mask, even, -torch.inf).amax(-1, keepdim=True)
         low, high = (torch.where(low <= high, e, 0.0) for e in (low, high))
         top = 2**self.bits - 1
         step = ((high - low) / top).clamp_min(1e-10)
         codes = torch.where(mask, ((even - low) / step).round().clamp(0, top), 0.0)
-        scale, zero = ((row * e).clamp(-65504, 65504).half() for e in (step, low))
-        parts = [e.flatten(-2) for e in (scale, zero, column)]
+        scale, zero = ((row * e).clamp(-65504, 65504).float() for e in (step, low))
+        parts = [e.half().flatten(-2) for e in (scale, zero, column)]
         return (join_bits(codes.flatten(-2), self.bits), *parts)
 
     def decode(self, data: Tensor, head_dim: int) -> Tensor:

@@ -13,7 +13,7 @@ from kivi.grids import encode, fit
 from kivi.packing import join_bits, of_bytes, split_bits
 from kivi.quantizer import KVQuantizer
 from kivi.spec import KVSpec, OpaqueSpec, QuantSpec
-from kivi.transforms import hadamard
+from kivi.transforms import hadamard, precise
 
 
 @cache
@@ -87,7 +87,8 @@ class Rotated(OpaqueSpec):
     def encode(self, x: Tensor, valid: Tensor) -> tuple[Tensor, ...]:
         """See OpaqueSpec."""
         d = x.shape[-1]
-        x = x.squeeze(-2).nan_to_num(0.0, 0.0, 0.0) @ rotation(self.file, self.name, d, x.device)
+        x = x.squeeze(-2).nan_to_num(0.0, 0.0, 0.0)
+        x = precise(x, rotation(self.file, self.name, d, x.device)).float()
         rank = min(int(self.clip * d), d - 1)
         most = x.abs().sort(-1).values[..., rank : rank + 1]
         groups = x.clamp(-most, most).unflatten(-1, (-1, QuantSpec(2, "token", 128).group(d)))

@@ -14,7 +14,7 @@ from kivi.codebooks import k_means
 from kivi.packing import join_bits, of_bytes, split_bits
 from kivi.quantizer import KVQuantizer
 from kivi.spec import KVSpec, OpaqueSpec
-from kivi.transforms import random_matrix
+from kivi.transforms import precise, random_matrix
 
 BITS = (4, 2, 2, 2)
 """Bits of an angle at each level of the recursion (section 4.1)."""
@@ -64,19 +64,20 @@ class Polar(OpaqueSpec):
     def encode(self, x: Tensor, valid: Tensor) -> tuple[Tensor, ...]:
         """See OpaqueSpec."""
         d = x.shape[-1]
-        radius = x.squeeze(-2).nan_to_num(0.0, 0.0, 0.0) @ random_matrix(d, d, True, x.device).T
+        x = x.squeeze(-2).nan_to_num(0.0, 0.0, 0.0)
+        radius = precise(x, random_matrix(d, d, True, x.device).T)
         parts = []
         for level, bits in enumerate(BITS):
             a, b = radius.unflatten(-1, (-1, 2)).unbind(-1)
             angle = torch.atan2(b, a)
-            angles = torch.tensor(codebook(level), device=x.device)
+            angles = torch.tensor(codebook(level), dtype=torch.float64, device=x.device)
             if level == 0:
                 angle = torch.where(angle < 0, angle + 2 * math.pi, angle)
             codes = torch.bucketize(angle.contiguous(), (angles[1:] + angles[:-1]) / 2)
             fill = -codes.shape[-1] % (8 // bits)  # a whole number of bytes
             parts.append(join_bits(F.pad(codes, (0, fill)), bits))
             radius = (a.square() + b.square()).sqrt()
-        return (*parts, radius.clamp_max(65504).half())
+        return (*parts, radius.clamp_max(65504).float().half())
 
     def decode(self, data: Tensor, head_dim: int) -> Tensor:
         """See OpaqueSpec."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from kivi.packing import join_bits, of_bytes, split_bits
 from kivi.quantizer import KVQuantizer
 from kivi.spec import KVSpec, OpaqueSpec, QuantSpec, check_count
-from kivi.transforms import random_matrix
+from kivi.transforms import precise, random_matrix
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,10 @@ class Sketch(OpaqueSpec):
 
     def encode(self, x: Tensor, valid: Tensor) -> tuple[Tensor, ...]:
         """See OpaqueSpec."""
-        x = x.squeeze(-2).nan_to_num(0.0, 0.0, 0.0)
+        x = x.squeeze(-2).nan_to_num(0.0, 0.0, 0.0).double()
         d, norm = x.shape[-1], x.norm(dim=-1, keepdim=True)
-        sign = x @ random_matrix(self.size * d, d, True, x.device).T >= 0
-        return join_bits(sign, 1), norm.clamp_max(65504).half()
+        sign = precise(x, random_matrix(self.size * d, d, True, x.device).T) >= 0
+        return join_bits(sign, 1), norm.clamp_max(65504).float().half()
 
     def decode(self, data: Tensor, head_dim: int) -> Tensor:
         """See OpaqueSpec."""

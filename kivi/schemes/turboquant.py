@@ -12,7 +12,7 @@ from torch import Tensor
 from kivi.packing import join_bits, of_bytes, split_bits
 from kivi.quantizer import KVQuantizer
 from kivi.spec import KVSpec, OpaqueSpec, check_choice
-from kivi.transforms import random_matrix
+from kivi.transforms import precise, random_matrix
 
 # Lloyd and Max's levels of a standard Gaussian (Max, 1960, table I), positive half.
 LEVELS = {
@@ -47,18 +47,19 @@ class Turbo(OpaqueSpec):
 
     def encode(self, x: Tensor, valid: Tensor) -> tuple[Tensor, ...]:
         """See OpaqueSpec."""
-        x = x.squeeze(-2).nan_to_num(0.0, 0.0, 0.0)
+        x = x.squeeze(-2).nan_to_num(0.0, 0.0, 0.0).double()
         d, norm = x.shape[-1], x.norm(dim=-1, keepdim=True)
         unit = x / norm.clamp_min(1e-30)
         rotation, levels = random_matrix(d, d, True, x.device), self._levels(x.device)
-        place = unit @ rotation.T * math.sqrt(d)
-        codes = torch.bucketize(place.contiguous(), (levels[1:] + levels[:-1]) / 2)
-        stored = norm.clamp_max(65504).half()
+        place = precise(unit, rotation.T) * math.sqrt(d)
+        codes = torch.bucketize(place.contiguous(), (levels[1:] + levels[:-1]).double() / 2)
+        stored = norm.clamp_max(65504).float().half()
         parts = [join_bits(codes, self.bits - self.product), stored]
         if self.product:
-            rest = unit - levels[codes] @ rotation / math.sqrt(d)
-            sketch = rest @ random_matrix(d, d, False, x.device).T >= 0
-            parts += [join_bits(sketch, 1), rest.norm(dim=-1, keepdim=True).half()]
+            rest = (place - levels[codes]) / math.sqrt(d)  # rotated, which keeps its length
+            projection = precise(rotation, random_matrix(d, d, False, x.device).T)
+            sketch = precise(rest, projection) >= 0
+            parts += [join_bits(sketch, 1), rest.norm(dim=-1, keepdim=True).float().half()]
         return tuple(parts)
 
     def decode(self, data: Tensor, head_dim: int) -> Tensor:
