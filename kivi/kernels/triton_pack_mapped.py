@@ -12,9 +12,9 @@ import triton.language as tl
 from kivi.kernels import triton_token as token
 from kivi.kernels import triton_token_memory as memory
 from kivi.kernels import triton_token_stage as stage
-from kivi.kernels.triton_grids import round_to
 from kivi.kernels.triton_tile_mma import pairs_of_inverses, signs, times_pairs, without_small
 from kivi.kernels.triton_tile_pack import plane_weight
+from kivi.kernels.triton_token_centers import put_center
 from kivi.kernels.triton_token_grids import (
     few_levels,
     quantize_group,
@@ -163,39 +163,6 @@ def _planes(
 
 
 @triton.jit
-def _center(
-    at,  # where it goes, [channels]
-    x,
-    valid,
-    smooth,
-    valid_token,
-    X_TOKEN: tl.constexpr,
-    FORMAT: tl.constexpr,
-    MAP: tl.constexpr,
-    D: tl.constexpr,
-    PADDED: tl.constexpr,
-    TOKENS: tl.constexpr,
-    LANES: tl.constexpr,
-    VECTOR: tl.constexpr,
-    CHECKED: tl.constexpr,
-):
-    """Store the mapped mean of tokens."""
-    means = token.means(
-        *(x, valid, X_TOKEN, valid_token),
-        *(D, LANES, VECTOR, PADDED, TOKENS, CHECKED),
-    )
-    channel = tl.arange(0, PADDED)
-    known = None if D == PADDED else channel < D
-    if smooth is not None:
-        means = tl.math.div_rn(means, tl.load(smooth + channel, mask=known))
-    means = token.hadamard_of_one(means, MAP)
-    means = tl.where(means * 0.0 == 0.0, means, 0.0)
-    means = round_to(means, FORMAT[6], FORMAT[7], FORMAT[8])
-    tl.store(at + channel, means.to(at.dtype.element_ty), mask=known)
-    tl.debug_barrier()
-
-
-@triton.jit
 def _span(
     sources,  # x, valid, smooth: of the first token
     targets,  # words and center: of the page and head; scale, zero, meta, plane
@@ -248,7 +215,7 @@ def _span(
             if center is not None:
                 at = center + plane // CENTERED * D
                 if plane % CENTERED == 0 and not STAGED:
-                    _center(
+                    put_center(
                         *(at, x, valid, smooth, valid_token, X_TOKEN, FORMAT, MAP),
                         *(D, PADDED, CENTERED * ROWS, LANES, VECTOR, CHECKED),
                     )

@@ -218,6 +218,12 @@ def high_half(pairs):
 
 
 @triton.jit
+def join_halves(low, high):
+    """The upper halves of int32 as a pair."""
+    return ((low >> 16) & 65535) | (high & -65536)
+
+
+@triton.jit
 def unpair(pairs):
     """All elements, float32."""
     x = tl.join(low_half(pairs), high_half(pairs))

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from kivi.grids import MEAN_STEP
 from kivi.kernels.triton_grids import round_to
-from kivi.kernels.triton_tile_pack import high_half, low_half
+from kivi.kernels.triton_tile_pack import high_half, join_halves, low_half
 from kivi.kernels.triton_token import butterfly, log2
 from kivi.kernels.triton_token_memory import four
 from kivi.spec import TILE_ROWS
@@ -192,7 +192,7 @@ def centers(
     pairs = ()
     for k in tl.static_range(2):
         low, high = _rounded(xs[2 * k], MAP, FORMAT), _rounded(xs[2 * k + 1], MAP, FORMAT)
-        pairs = pairs + (((low >> 16) & 65535) | (high & -65536),)
+        pairs = pairs + (join_halves(low, high),)
     row = tl.arange(0, ROWS)[:, None]
     room = first + SLOT * SLOTS + 512 + row // STEP * 256
     asm_out: tl.constexpr = """{ .reg .pred p; setp.lt.s32 p, $5, 8;
