@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 from rich.console import Console
@@ -10,9 +11,22 @@ from rich.table import Table
 
 from kivi import KVQuantizer
 from kivi.attention import why_not_fused
-from kivi.spec import check_count
+from kivi.spec import BITS, check_count
 
 AXES = ("kivi", "per_token", "per_channel", "crossed")
+
+
+def every_width() -> tuple[str, ...]:
+    """Every scheme that takes `bits`, at all of `spec.BITS` that it accepts."""
+    found = []
+    for name in KVQuantizer.available():
+        for bits in BITS if "bits" in KVQuantizer.options(name) else ():
+            with suppress(ValueError):  # a width that the scheme does not have
+                KVQuantizer.get(name, bits=bits).spec()
+                found.append(f"{name}:bits={bits}")
+    return tuple(found)
+
+
 PRESETS: dict[str, tuple[str, ...]] = {
     "default": (
         "full_precision",
@@ -68,9 +82,7 @@ PRESETS: dict[str, tuple[str, ...]] = {
         "plumb:key_bits=3",
         "plumb:bits=4",
     ),
-    "bits": tuple(
-        f"{name}:bits={bits}" for name in ("kivi", "quarot", "plumb") for bits in (1, 2, 3, 4, 8)
-    ),
+    "bits": every_width(),
     "flagship": (
         "kivi",
         "kivi:sink_length=4",

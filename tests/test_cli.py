@@ -90,7 +90,15 @@ def test_presets_are_those_of_the_command_and_all_parse() -> None:
     assert [p.value for p in Preset] == list(PRESETS)
     for name, labels in PRESETS.items():
         schemes = {parse_scheme(label) for label in labels}
-        assert 4 <= len(schemes) == len(labels) and (name == "zoo" or len(labels) <= 25)
+        assert 4 <= len(schemes) == len(labels)
+        assert name in ("zoo", "bits") or len(labels) <= 25
+    widths = {
+        name: set() for name in KVQuantizer.available() if "bits" in KVQuantizer.options(name)
+    }
+    for scheme in map(parse_scheme, PRESETS["bits"]):
+        widths[scheme.name].add(scheme.bits)
+    assert widths.pop("turboquant") == {1, 2, 3, 4}  # Lloyd-Max codebooks end there
+    assert all(found == {1, 2, 3, 4, 8} for found in widths.values())
     zoo = {parse_scheme(label).name for label in PRESETS["zoo"]}
     axes = {"per_token", "per_channel", "crossed", "kivi_symmetric"}  # KIVI's own ablations
     assert zoo == set(KVQuantizer.available()) - axes

@@ -241,6 +241,24 @@ def test_a_label_stands_left_where_the_right_is_taken() -> None:
     assert long.get_window_extent().x1 < point[0]
 
 
+def test_many_points_have_a_legend_of_series_that_all_look_different() -> None:
+    points = [
+        plots.Point(f"s{i}", f"s{i} {bits} bit", bits, (kl := 0.5**bits + i, kl, kl))
+        for i in range(20)
+        for bits in (1, 2, 4)
+    ]
+    figure = plots.quality_figure(points)
+    assert figure is not None
+    (legend,) = figure.legends
+    names = [t.get_text() for t in legend.get_texts()]
+    assert names == [f"s{i}" for i in reversed(range(20))]  # as the lines begin, from the top
+    looks = {(line.get_color(), line.get_marker()) for line in legend.get_lines()}
+    assert len(looks) == 20
+    assert not any(t.get_text().startswith("s") for t in figure.axes[0].texts)
+    figure.draw_without_rendering()
+    assert legend.get_window_extent().x0 >= figure.axes[0].bbox.x1
+
+
 def test_nothing_to_plot() -> None:
     assert plots.quality_figure([plots.Point("x", "x", 16.0, (0.0, 0.0, 0.0))]) is None
     with pytest.raises(ValueError, match="no recall"):

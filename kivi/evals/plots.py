@@ -20,6 +20,8 @@ MARKERS = "osD^vPXp"
 INK, GRID = "#222222", "#E3E3E3"
 Box = tuple[float, float, float, float]
 """Left, bottom, right and top in pixels."""
+MANY = 48
+"""More points than this have a legend of their series in place of labels."""
 LOSSLESS = 1e-6
 """A KL below this is the rounding of float32 logits; a log scale has no place for it."""
 
@@ -71,16 +73,24 @@ def quality_figure(points: Sequence[Point]) -> Figure | None:
     series: dict[str, list[Point]] = defaultdict(list)
     for point in sorted(shown, key=lambda p: (p.bits, -p.kl[0])):
         series[point.series].append(point)
-    styles = zip(cycle(COLORS), cycle(MARKERS), strict=False)
-    for own, (color, marker) in zip(series.values(), styles, strict=False):
+    # After all colours the markers go on by one: no two of 64 series look alike.
+    styles = [(c, MARKERS[(i + j) % 8]) for j in range(8) for i, c in enumerate(COLORS)]
+    lines = []
+    for own, (color, marker) in zip(series.values(), cycle(styles), strict=False):
         x, y = [p.bits for p in own], [p.kl[0] for p in own]
         low = [max(0.0, p.kl[0] - max(p.kl[1], LOSSLESS)) for p in own]
         high = [max(0.0, p.kl[2] - p.kl[0]) for p in own]
         axes.errorbar(x, y, yerr=(low, high), fmt="none", ecolor=color, alpha=0.5, lw=1.2, zorder=2)
         axes.plot(x, y, color=color, lw=1.4, alpha=0.6, zorder=2)
-        axes.scatter(x, y, color=color, marker=marker, s=46, edgecolors="white", lw=0.8, zorder=4)
-    colors = dict(zip(series, cycle(COLORS), strict=False))
-    _label(figure, axes, shown, [colors[p.series] for p in shown])
+        lines += axes.plot(
+            x, y, ls="", color=color, marker=marker, ms=7, mec="white", mew=0.8, zorder=4
+        )
+    if len(shown) > MANY:
+        figure.set_figwidth(10.4)
+        figure.legend(lines, list(series), loc="outside right upper", fontsize=8, frameon=False)
+    else:
+        colors = dict(zip(series, cycle(COLORS), strict=False))
+        _label(figure, axes, shown, [colors[p.series] for p in shown])
     return figure
 
 
