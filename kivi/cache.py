@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import copy
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kivi import checks, saliency, steps, store
-from kivi.attention import Impl, get_ops
+from kivi.attention import Impl, Ops, get_ops
 from kivi.pages import CacheBytes, PageTable
 from kivi.quantize import zeros
+from kivi.room import Buffers
 from kivi.sinks import before_sinks, with_sinks
 from kivi.smoothing import new_smooth
-from kivi.spec import KVSpec, check_choice, check_count
+from kivi.spec import KVSpec
 from kivi.steps import Counts, Step
 from kivi.view import CacheView
 
@@ -43,13 +45,13 @@ class LayerCache(steps.Lasting):
         device: where the cache lives.
         impl: "auto", "eager", "compile" or "triton".
         check_finite: refuse keys and values with NaN or infinities (reads the device each time).
+        alike: what layers that step alike share, if it grows; None for a layer of its own.
 
     Raises:
         ValueError: for a size, dtype or implementation that is not allowed, or group sizes that do
             not fit the head dimension.
     """
 
-    @torch.inference_mode(False)  # buffers outlive the mode they are made in
     def __init__(
         self,
         spec: KVSpec,
@@ -64,30 +66,37 @@ class LayerCache(steps.Lasting):
         device: torch.device | str = "cpu",
         impl: Impl = "auto",
         check_finite: bool = False,
+        alike: steps.Steps | None = None,
     ) -> None:
         value_head_dim = head_dim if value_head_dim is None else value_head_dim
-        check_count("batch_size", batch_size, 1)
-        check_count("num_kv_heads", num_kv_heads, 1)
-        for name, count in (("max_length", max_length), ("sliding_window", sliding_window)):
-            check_count(name, 1 if count is None else count, 1)
-        check_choice("dtype", dtype, checks.DTYPES)
-        spec.bits_per_element(head_dim, value_head_dim)  # raises where one does not fit
+        self.device, head_dims = checks.check_device(device), (head_dim, value_head_dim)
+        self.steps = steps.Steps(False) if alike is None or max_length is not None else alike
+        room = self.steps.room(spec, sliding_window)
+        own = (batch_size, num_kv_heads, head_dims, dtype, self.device)
+
+        def ops() -> Ops:
+            checks.check_layer(spec, *own[:4], max_length, sliding_window)
+            return get_ops(impl, spec, *own[2:])
+
+        self._ops: Ops = ops() if alike is None else room.once((own, max_length, impl), ops)
         self.spec, self.max_length, self.check_finite = spec, max_length, check_finite
         self.sliding_window = sliding_window
         self.batch_size, self.num_kv_heads = batch_size, num_kv_heads
         self.head_dim, self.value_head_dim, self.dtype = head_dim, value_head_dim, dtype
-        self.device = checks.check_device(device)
-        shape, where = (batch_size, num_kv_heads, (head_dim, value_head_dim)), (dtype, self.device)
-        self._ops = get_ops(impl, spec, shape[2], *where)
-        self._pages = PageTable(spec, *shape, *where, max_length, spec.narrow(sliding_window))
-        self._table = torch.zeros(batch_size, 0, dtype=torch.int64, device=self.device)
-        slots = (batch_size, num_kv_heads, spec.sink_length + steps.ring_slots(spec) + 1)
-        self._exact_key, self._exact_value = zeros([(*slots, d) for d in shape[2]], *where)
-        self._length = torch.zeros(batch_size, dtype=torch.int64, device=self.device)
+        self._pages = PageTable(spec, *own, max_length, spec.narrow(sliding_window), room)
+        self._table, self._length = self.steps.none(batch_size, self.device)
         self._packed = self._length if max_length is None else self._length.clone()  # see _count
-        self._smooth = new_smooth(spec, self._exact_key, self._exact_value)
+
+        def make(layers: int) -> Buffers:
+            slots = spec.sink_length + steps.ring_slots(spec) + 1
+            shape = (layers * batch_size, num_kv_heads, slots)
+            exact = zeros([(*shape, d) for d in head_dims], dtype, self.device)
+            return [*exact, new_smooth(spec, *exact)]
+
+        exact: list[Any] = room.take("exact", own, make)
+        self._exact_key, self._exact_value, self._smooth = exact
         self._host: Counts | None = ([0] * batch_size, [0] * batch_size)
-        self._captured, self.steps = False, steps.Steps(False)  # or one of layers that step alike
+        self._captured = False
         if max_length is not None:
             self._write_table()
 

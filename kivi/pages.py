@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import sys
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from kivi.quantize import Pages, new_pages, zero
+from kivi.room import Buffers, Room
 from kivi.spec import PAGE_TOKENS, KVSpec
 
 CROP = 128
@@ -34,6 +35,7 @@ class PagePool:
         value_head_dim: D of the values.
         dtype: the model's dtype.
         device: where the pages live.
+        room: where their memory comes from.
         pages: pages allocated at first.
     """
 
@@ -45,10 +47,11 @@ class PagePool:
         value_head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
+        room: Room,
         pages: int = 0,
     ) -> None:
         shape, where = (num_kv_heads, head_dim, value_head_dim), (dtype, device)
-        self._format = spec, shape, where
+        self._format, self._room = (spec, shape, where), room
         self._made: tuple[Pages, Pages] | None = None
         self.references = [1] + [0] * pages
         # Pages that caches with a max_length may need at once, if they share nothing.
@@ -60,13 +63,17 @@ class PagePool:
             self._made = self._make(len(self.references))
         return self._made
 
-    @torch.inference_mode(False)
     def _make(self, count: int) -> tuple[Pages, Pages]:
         spec, (heads, d, dv), where = self._format
-        key = new_pages(spec.key, count, heads, d, *where)
-        value = new_pages(spec.value, count, heads, dv, *where)
-        zero((*key, *value))
-        return key, value
+
+        def make(layers: int) -> Buffers:
+            key = new_pages(spec.key, layers * count, heads, d, *where)
+            value = new_pages(spec.value, layers * count, heads, dv, *where)
+            zero((*key, *value))
+            return [*key, *value]
+
+        made: list[Any] = self._room.take("pages", (count, self._format[1:]), make)
+        return Pages(*made[:5]), Pages(*made[5:])
 
     @property
     def page_nbytes(self) -> int:
@@ -136,6 +143,7 @@ class PageTable:
         max_length: tokens of a row, for which every row owns its pages from the start; None to
             take pages when needed.
         window: the longest window that queries have; None to keep all tokens.
+        room: where memory comes from.
     """
 
     def __init__(
@@ -148,6 +156,7 @@ class PageTable:
         device: torch.device,
         max_length: int | None,
         window: int | None,
+        room: Room,
     ) -> None:
         self.columns, ring = None, None if window is None else ring_pages(spec, window)
         if max_length is not None:
@@ -158,7 +167,7 @@ class PageTable:
         self.ring = ring or sys.maxsize
         self.owned = min(self.columns or 0, self.ring)
         count = batch_size * self.owned
-        self.pool = PagePool(spec, num_kv_heads, *head_dims, dtype, device, count)
+        self.pool = PagePool(spec, num_kv_heads, *head_dims, dtype, device, room, count)
         self.rows = [self.pool.take(self.owned) for _ in range(batch_size)]
         self.opened, self.lost = [self.columns or 0] * batch_size, [0] * batch_size
         self.pool.promised += count

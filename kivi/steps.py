@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kivi.pages import CROP, page_count, table_of
+from kivi.room import Room
 from kivi.spec import PAGE_TOKENS, TILE_ROWS, KVSpec, check_count
 
 SLACK = TILE_ROWS
@@ -183,7 +184,7 @@ def next_step(
 
 
 class Steps:
-    """Steps that the layers of a growing cache make alike, worked out by the first of them.
+    """What the layers of a growing cache do alike: steps, worked out by the first, and room.
 
     Every operation costs the host as much as a layer's attention takes. No layer may write to its
     counters or its block table then, only replace them: they are the same tensors in all layers.
@@ -196,6 +197,25 @@ class Steps:
         self._remembers = remembers
         self._last: dict[Hashable, tuple[Counts, int, tuple[Step, Counts]]] = {}
         self._table: dict[torch.device, tuple[list[list[int]], Tensor]] = {}
+        self._none: dict[Hashable, tuple[Tensor, Tensor]] = {}
+        self._rooms: list[tuple[KVSpec, int | None, Room]] = []
+
+    def room(self, spec: KVSpec, window: int | None) -> Room:
+        """Where layers with this spec and this window of queries find buffers."""
+        for own, longest, room in self._rooms:
+            if (own is spec or own == spec) and longest == window:
+                return room
+        self._rooms.append((spec, window, Room()))
+        return self._rooms[-1][2]
+
+    def none(self, batch_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The block table and the lengths of rows without tokens."""
+        kind = batch_size, device
+        if not self._remembers or kind not in self._none:
+            with torch.inference_mode(False):
+                lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
+                self._none = {kind: (lengths[:, None][:, :0], lengths)}
+        return self._none[kind]
 
     def table(self, padded: list[list[int]], device: torch.device) -> Tensor:
         """What `table_of` says."""

@@ -1,0 +1,76 @@
+"""Room: buffers of layers that are filled alike, made for several of them at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+AHEAD = 2**26
+"""Bytes made ahead at most: where a layer grows, its old part stays until all others have grown."""
+
+LINE = 128
+"""Bytes; each layer's part begins with a cache line, so that kernels see them alike."""
+
+Buffers = list[Tensor | None]
+
+
+class _Stock(NamedTuple):
+    """Buffers of one kind: how many layers have asked for them, what is left, bytes of each."""
+
+    kind: Hashable
+    asked: int
+    left: list[Buffers]
+    nbytes: list[int]
+
+
+class Room:
+    """Where layers that are filled alike find buffers, and what was once found out for all.
+
+    To allocate and to zero takes the host as long as a launch, and a layer has ten buffers.
+
+    Args:
+        layers: how many will ask for the same.
+    """
+
+    def __init__(self, layers: int = 0) -> None:
+        self.layers = layers
+        self._stocks: dict[str, _Stock] = {}
+        self._known: dict[Hashable, Any] = {}
+
+    def __reduce__(self) -> tuple[type[Room], tuple[int]]:
+        return Room, (self.layers,)
+
+    def once(self, kind: Hashable, find: Callable[[], Any]) -> Any:
+        """What `find` returned for the first layer of a kind."""
+        if kind not in self._known:
+            self._known = {kind: find()}
+        return self._known[kind]
+
+    def take(self, name: str, kind: Hashable, make: Callable[[int], Buffers]) -> Buffers:
+        """Buffers that nobody else has.
+
+        Args:
+            name: what they are for.
+            kind: what `make` depends on. Buffers of another kind are not kept.
+            make: makes them for n layers: n times as large in their first dimension.
+        """
+        stock = self._stocks.get(name)
+        if stock is None or stock.kind != kind:
+            stock = _Stock(kind, 0, [], [])
+        if not stock.left:
+            stock = stock._replace(**self._more(stock, make))
+        self._stocks[name] = stock._replace(asked=stock.asked + 1)
+        return stock.left.pop()
+
+    @torch.inference_mode(False)  # buffers outlive the mode they are made in
+    def _more(self, stock: _Stock, make: Callable[[int], Buffers]) -> dict[str, Any]:
+        """Buffers of the first layer, then of as many of the others as may be made ahead."""
+        count = min(self.layers - stock.asked, AHEAD // max(1, sum(stock.nbytes)))
+        if count <= 1 or not stock.asked or any(n % LINE for n in stock.nbytes):
+            one = make(1)
+            return {"left": [one], "nbytes": [0 if x is None else x.nbytes for x in one]}
+        parts = ([None] * count if x is None else x.chunk(count) for x in make(count))
+        return {"left": [list(part) for part in zip(*parts, strict=True)]}
