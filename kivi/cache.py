@@ -85,7 +85,7 @@ class LayerCache(steps.Lasting):
         self.head_dim, self.value_head_dim, self.dtype = head_dim, value_head_dim, dtype
         self._pages = PageTable(spec, *own, max_length, spec.narrow(sliding_window), room)
         self._table, self._length = self.steps.none(batch_size, self.device)
-        self._packed = self._length if max_length is None else self._length.clone()  # see _count
+        self._packed = self._length if max_length is None else steps.copied(self._length)
 
         def make(layers: int) -> Buffers:
             slots = spec.sink_length + steps.ring_slots(spec) + 1
@@ -315,16 +315,14 @@ class LayerCache(steps.Lasting):
         exact = (self._exact_key, self._exact_value, self._length if length is None else length)
         return CacheView(*self._pages.pool.pages(), self._table, self._packed, *exact, self._smooth)
 
-    @torch.inference_mode(False)
     def _write_table(self) -> None:
         """Write the block table; with a max_length, tell torch.compile that tensors stay put."""
         table = self.steps.table(self._pages.padded(), self.device)
-        static = self.max_length is not None
-        if static and table.shape == self._table.shape:
+        if self.max_length is not None and table.shape == self._table.shape:
             self._table.copy_(table)
         else:
-            self._table = table.clone() if static else table
-        for tensor in self._view().tensors() if static else ():
+            self._table = table if self.max_length is None else steps.copied(table)
+        for tensor in self._view().tensors() if self.max_length is not None else ():
             torch._dynamo.mark_static_address(tensor)
 
     def _check(self, k: Tensor, v: Tensor, valid: Tensor | None) -> bool:
@@ -350,7 +348,7 @@ class LayerCache(steps.Lasting):
             self._pages.lost = self._pages.forgotten(host[1])
         if step.units or k.shape[2] > steps.SLACK:
             ring = self._pages.ring if self._pages.rounds else None
-            ops = self._ops.quantize_pack, ring, self._ops.write_new
+            ops = self._ops.quantize_pack, ring, self._ops.write_new, self._ops.pack_pages
             store.store(self._view(), self.spec, k, v, step, *ops)
         self._count(step.length, step.packed if step.units else None)
         self._host = host

@@ -107,24 +107,28 @@ class PagePool:
         for tensor, new in [(t, t[source]) for t in tensors]:
             tensor[target] = new
 
-    @torch.inference_mode(False)
     def grow(self, count: int) -> list[int]:
         """Add `count` pages and return them."""
-        old = len(self.references)
-
-        def grown(pages: Pages) -> Pages:
-            def more(t: torch.Tensor) -> torch.Tensor:
-                new = t.new_zeros(old + count, *t.shape[1:])
-                new[:old] = t
-                return new
-
-            words, *others = pages
-            return Pages(more(words), *(None if t is None else more(t) for t in others))
-
-        made = self._made
-        self._made = (grown(made[0]), grown(made[1])) if made else self._make(old + count)
+        old, made = len(self.references), self._made
+        if made is None:
+            self._made = self._make(old + count)
+        else:
+            self._made = _grown(made[0], count), _grown(made[1], count)
         self.references += [0] * count
         return list(range(old, old + count))
+
+
+@torch.inference_mode(False)
+def _grown(pages: Pages, count: int) -> Pages:
+    """Pages with `count` more of them."""
+
+    def more(t: torch.Tensor) -> torch.Tensor:
+        new = t.new_zeros(len(t) + count, *t.shape[1:])
+        new[: len(t)] = t
+        return new
+
+    words, *others = pages
+    return Pages(more(words), *(None if t is None else more(t) for t in others))
 
 
 class PageTable:
@@ -185,13 +189,11 @@ class PageTable:
         references, missing = list(self.pool.references), []
         for row, old, new in zip(self.rows, self.opened, opened, strict=True):
             # A page that comes round may be shared by now: the others keep it.
-            round_again = {c % self.ring for c in range(max(old, new - self.ring), new)}
-            for i in range(min(new, self.ring)):
-                shared = i < len(row) and i in round_again and references[row[i]] > 1
-                if shared:
+            for i in sorted({c % self.ring for c in range(max(old, new - self.ring), new)}):
+                if i < len(row) and references[row[i]] > 1:
                     references[row[i]] -= 1
-                if shared or i >= len(row):
                     missing.append((row, i))
+            missing += [(row, i) for i in range(len(row), min(new, self.ring))]
         taken = self.pool.take(len(missing))
         # Until the step has attended, the page's old tokens are still looked at.
         pairs = [(r[i], p) for (r, i), p in zip(missing, taken, strict=True) if i < len(r)]
@@ -310,6 +312,7 @@ class PageTable:
         return [[r[c % self.ring] for c in range(n)] + [0] * (width - n) for r, n in pairs]
 
 
+@torch.inference_mode(False)  # layers keep it
 def table_of(padded: list[list[int]], device: torch.device) -> torch.Tensor:
     """What `PageTable.padded` gives as `[B, n]` int64 on a device."""
     table = torch.tensor(padded, dtype=torch.int64).view(len(padded), len(padded[0]))

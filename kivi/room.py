@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,13 +18,14 @@ LINE = 128
 Buffers = list[Tensor | None]
 
 
-class _Stock(NamedTuple):
+@dataclass(slots=True)
+class _Stock:
     """Buffers of one kind: how many layers have asked for them, what is left, bytes of each."""
 
     kind: Hashable
-    asked: int
-    left: list[Buffers]
-    nbytes: list[int]
+    asked: int = 0
+    left: list[Buffers] = field(default_factory=list)
+    nbytes: list[int] = field(default_factory=list)
 
 
 class Room:
@@ -59,18 +61,19 @@ class Room:
         """
         stock = self._stocks.get(name)
         if stock is None or stock.kind != kind:
-            stock = _Stock(kind, 0, [], [])
+            stock = self._stocks[name] = _Stock(kind)
         if not stock.left:
-            stock = stock._replace(**self._more(stock, make))
-        self._stocks[name] = stock._replace(asked=stock.asked + 1)
+            self._more(stock, make)
+        stock.asked += 1
         return stock.left.pop()
 
     @torch.inference_mode(False)  # buffers outlive the mode they are made in
-    def _more(self, stock: _Stock, make: Callable[[int], Buffers]) -> dict[str, Any]:
+    def _more(self, stock: _Stock, make: Callable[[int], Buffers]) -> None:
         """Buffers of the first layer, then of as many of the others as may be made ahead."""
         count = min(self.layers - stock.asked, AHEAD // max(1, sum(stock.nbytes)))
         if count <= 1 or not stock.asked or any(n % LINE for n in stock.nbytes):
             one = make(1)
-            return {"left": [one], "nbytes": [0 if x is None else x.nbytes for x in one]}
+            stock.left, stock.nbytes = [one], [0 if x is None else x.nbytes for x in one]
+            return
         parts = ([None] * count if x is None else x.chunk(count) for x in make(count))
-        return {"left": [list(part) for part in zip(*parts, strict=True)]}
+        stock.left = [list(part) for part in zip(*parts, strict=True)]

@@ -251,13 +251,14 @@ class Steps:
 
 
 @torch.inference_mode(False)
-def _copy(x: Tensor) -> Tensor:
+def copied(x: Tensor) -> Tensor:
+    """A copy that outlives inference mode."""
     return x.clone()
 
 
 def kept(x: Tensor) -> Tensor:
     """A tensor that outlives inference mode, the same one if it does."""
-    return _copy(x) if x.is_inference() else x
+    return copied(x) if x.is_inference() else x
 
 
 class Lasting:
