@@ -348,7 +348,7 @@ class LayerCache(steps.Lasting):
             self._pages.lost = self._pages.forgotten(host[1])
         if step.units or k.shape[2] > steps.SLACK:
             ring = self._pages.ring if self._pages.rounds else None
-            ops = self._ops.quantize_pack, ring, self._ops.write_new, self._ops.pack_pages
+            ops = self._ops.quantize_pack, ring, self._ops.write_new, self._ops.store_pages
             store.store(self._view(), self.spec, k, v, step, *ops)
         self._count(step.length, step.packed if step.units else None)
         self._host = host

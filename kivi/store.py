@@ -91,7 +91,7 @@ def store(
     quantize_pack: Callable[..., None],
     ring: int | None = None,
     write: Callable[..., bool] | None = None,
-    pack: Callable[..., bool] | None = None,
+    store_pages: Callable[..., bool] | None = None,
 ) -> None:
     """Store T columns: units leave the window into pages, the new tokens enter it.
 
@@ -107,11 +107,17 @@ def store(
         ring: a page is written again this many columns later; what would be lost so at once is
             not packed at all.
         write: see `write_new`.
-        pack: packs whole pages of keys and values, or says that it cannot.
+        store_pages: packs whole pages of keys and values, or says that it cannot.
     """
     t, unit, sinks, units = k.shape[2], spec.unit, spec.sink_length, step.units
+    if step.whole and store_pages is not None and (ring is None or step.whole <= ring):
+        assert step.before is not None
+        length, start = step.before
+        page = _part(view.table, 1, start // PAGE_TOKENS, start // PAGE_TOKENS + step.whole)
+        if store_pages(view, spec, k, v, sinks + start - length, page, step.zeros, step.place):
+            return
     if units and step.before is not None:
-        _pack_alike(view, spec, k, v, step, quantize_pack, ring, pack)
+        _pack_alike(view, spec, k, v, step, quantize_pack, ring, store_pages)
     elif units:
         start = view.packed
         if ring is not None:
@@ -146,7 +152,7 @@ def _pack_alike(
     step: Step,
     quantize_pack: Callable[..., None],
     ring: int | None,
-    pack: Callable[..., bool] | None,
+    store_pages: Callable[..., bool] | None,
 ) -> None:
     """`store`'s packing where the host knows which tokens leave, the same of all rows.
 
@@ -179,7 +185,7 @@ def _pack_alike(
         rest = [_part(x, 2, head, x.shape[2]) for x in body]
         assert step.zeros is not None
         zeros = _part(step.zeros, 1, 0, page.shape[1])
-        _pack_pages(view, spec, rest, begin + head, page, zeros, quantize_pack, pack)
+        _pack_pages(view, spec, rest, begin + head, page, zeros, quantize_pack, store_pages)
 
 
 def _pack_pages(
@@ -190,7 +196,7 @@ def _pack_pages(
     page: Tensor,
     zeros: Tensor,
     quantize_pack: Callable[..., None],
-    pack: Callable[..., bool] | None,
+    store_pages: Callable[..., bool] | None,
 ) -> None:
     """Quantize and pack tokens from the start of a page on, a page at a time.
 
@@ -205,7 +211,7 @@ def _pack_pages(
         page: `[B, n]`.
         zeros: `[B, n]`, where in its page each run begins.
         quantize_pack: the operator.
-        pack: see `store`.
+        store_pages: see `store`.
     """
     n, factors, specs = page.shape[1], smooth_factors(view, spec), (spec.key, spec.value)
     whole = min(n, *(x.shape[2] // PAGE_TOKENS for x in sources))
@@ -213,11 +219,11 @@ def _pack_pages(
         if first == last:
             continue
         where, start = _part(page, 1, first, last), _part(zeros, 1, 0, last - first)
-        if not first and pack is not None and pack(view, spec, *sources[:2], where, start):
-            continue
         parts = [_part(x, 2, first * PAGE_TOKENS, last * PAGE_TOKENS) for x in sources]
         if first == whole:  # one page
             parts = [F.pad(x, (0, 0, 0, PAGE_TOKENS - x.shape[2])) for x in parts]
+        if store_pages is not None and store_pages(view, spec, *parts[:2], 0, where, start, None):
+            continue
         runs = [x.unflatten(2, (last - first, -1)).transpose(1, 2) for x in parts]
         told = list[Tensor]()
         if any(map(is_told, specs)):

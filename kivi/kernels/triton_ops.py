@@ -8,17 +8,18 @@ from kivi.kernels import triton_formats, triton_mapped
 from kivi.kernels.triton_decode import decode_attention
 from kivi.kernels.triton_extend import extend_attention
 from kivi.kernels.triton_portable import INTERPRETED
-from kivi.kernels.triton_quantize import pack_pages, quantize_pack
+from kivi.kernels.triton_prompt import store_pages
+from kivi.kernels.triton_quantize import quantize_pack
 from kivi.kernels.triton_write import write_new
 from kivi.spec import KVSpec
 
 __all__ = [
     "decode_attention",
     "extend_attention",
-    "pack_pages",
     "packs",
     "prepare",
     "quantize_pack",
+    "store_pages",
     "supports",
     "write_new",
 ]

@@ -5,10 +5,9 @@ The arithmetic is that of grids.py, operation by operation, so that the bytes ar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import cache, lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -22,7 +21,7 @@ from kivi.kernels.triton_portable import INTERPRETED
 from kivi.kernels.triton_quantize_mapped import quantize_pack_mapped
 from kivi.packing import widths
 from kivi.quantize import Pages
-from kivi.spec import PAGE_TOKENS, TILE_ROWS, WORD_BITS, KVSpec, QuantSpec, Spec
+from kivi.spec import TILE_ROWS, WORD_BITS, QuantSpec, Spec
 
 
 @cache
@@ -113,7 +112,7 @@ def _op(
     rows = x if x.dim() == 5 else x.unsqueeze(0)
     tensors = (words, scale, zero, x, page, first, valid) if bits else (words, x, page, first)
     addresses = [None if t is None else t.data_ptr() for t in tensors]
-    launch = _launch(
+    launch = launch_of(
         (bits, axis, group_size, grid),
         x.device,
         (x.dtype, *(None if t is None else t.dtype for t in (words, scale, zero))),
@@ -124,24 +123,15 @@ def _op(
         # Of numbers and addresses Triton compiles in whether 16 divides them.
         tuple(a is None or a % 16 == 0 for a in addresses),
     )
-    _run(launch, x.device, tensors, addresses)
-
-
-def _run(
-    launch: Launch,
-    device: torch.device,
-    tensors: Sequence[Tensor | None],
-    addresses: Sequence[int | None],
-) -> None:
-    with on_device(device) if device.type == "cuda" else nullcontext():
+    with on_device(x.device) if x.is_cuda else nullcontext():
         if launch.compiled is None:
             launch.first(*tensors)
         else:
-            launch.again(stream(device), addresses)
+            launch.again(stream(x.device), addresses)
 
 
 @lru_cache(1024)
-def _launch(
+def launch_of(
     spec: tuple[int, str, int | None, str],
     device: torch.device,
     dtypes: tuple[torch.dtype | None, ...],
@@ -165,72 +155,6 @@ def _launch(
     return Launch(quantize_tiles, (programs, 1, 1), fixed, num_warps=warps)
 
 
-class _Plan(NamedTuple):
-    """Launches for the whole pages of keys and of values; `spec` stays alive, so does its id."""
-
-    spec: KVSpec
-    key: Launch
-    value: Launch
-
-
-_PLANS: dict[Any, _Plan | None] = {}
-
-
-def _plan(spec: KVSpec, device: torch.device, kv: tuple[Tensor, Tensor], n: int) -> _Plan | None:
-    """How whole pages of keys and values like these are packed; None if not here."""
-    if not (is_plain(spec.key) and is_plain(spec.value)) or any(x.stride(3) != 1 for x in kv):
-        return None
-    launches = []
-    for x, one in zip(kv, (spec.key, spec.value), strict=True):
-        (b, heads, _, d), (row, head, token, _) = x.shape, x.stride()
-        meta = metadata_dtype(x.dtype)
-        dtypes = (x.dtype, x.dtype if one is None else torch.int16)
-        dtypes += (None, None) if one is None else (meta, meta if one.has_zero else None)
-        shape, strides = (b, n, heads, PAGE_TOKENS, d), (row, PAGE_TOKENS * token, head, token, 1)
-        aligned = (True,) * (4 if one is None else 7)
-        launches.append(_launch(_flat(one), device, dtypes, shape, strides, b * n, None, aligned))
-    return _Plan(spec, *launches)
-
-
-def pack_pages(view: Any, spec: KVSpec, k: Tensor, v: Tensor, page: Tensor, first: Tensor) -> bool:
-    """Quantize and pack as many whole pages of keys and values as there are, if nobody looks on.
-
-    Args:
-        view: where to (CacheView).
-        spec: how.
-        k: `[B, Hkv, T, D]`, T >= 512 * n.
-        v: `[B, Hkv, T, Dv]`.
-        page: `[B, n]` int64; nothing is written for page 0.
-        first: `[B, n]` int64, zeros.
-
-    Returns:
-        Whether it did: what `quantize_pack` does of runs of 512 tokens, in less of the host's time.
-    """
-    if not direct(k, v, cpu=INTERPRETED):
-        return False
-    device, n = k.device, page.shape[1]
-    call = (id(spec), device, k.dtype, k.shape, k.stride(), v.shape, v.stride(), n)
-    plan = _PLANS.get(call, _PLANS)
-    if plan is _PLANS:
-        if len(_PLANS) >= 4096:
-            _PLANS.clear()
-        plan = _PLANS[call] = _plan(spec, device, (k, v), n)
-    if plan is None:
-        return False
-    runs, both = (page.contiguous(), first.contiguous()), []
-    for x, pages, launch in ((k, view.key, plan.key), (v, view.value, plan.value)):
-        tensors: tuple[Tensor | None, ...] = (*pages[:3], x, *runs, None)
-        if launch.kernel is copy_tokens:
-            tensors = (pages[0], x, *runs)
-        addresses = [None if t is None else t.data_ptr() for t in tensors]
-        if any(a is not None and a % 16 for a in addresses):
-            return False
-        both.append((launch, tensors, addresses))
-    for launch, tensors, addresses in both:
-        _run(launch, device, tensors, addresses)
-    return True
-
-
 # Not torch.library.custom_op, whose wrappers take 60 us a call; this takes 5.
 _LIBRARY = torch.library.Library(__name__.partition(".")[0], "FRAGMENT")
 _LIBRARY.define(
@@ -241,7 +165,8 @@ _LIBRARY.impl("quantize_pack", _op, "CompositeExplicitAutograd")
 torch.library.register_fake("kivi::quantize_pack", lambda *_: None, lib=_LIBRARY)
 
 
-def _flat(spec: QuantSpec | None) -> tuple[int, str, int | None, str]:
+def flat(spec: QuantSpec | None) -> tuple[int, str, int | None, str]:
+    """As the operator takes a spec; no bits for None."""
     return (spec.bits, spec.axis, spec.group_size, spec.grid) if spec else (0, "", None, "")
 
 
@@ -267,4 +192,4 @@ def quantize_pack(
         quantize_pack_mapped(pages, spec, x, page, first, valid, smooth)
         return
     call = _op if direct(x, cpu=INTERPRETED) else torch.ops.kivi.quantize_pack.default
-    call(*pages[:3], x, page, first, valid, *_flat(spec))
+    call(*pages[:3], x, page, first, valid, *flat(spec))
