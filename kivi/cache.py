@@ -134,7 +134,7 @@ class LayerCache(steps.Lasting):
             ValueError: for wrong shapes or dtypes, a cache that holds tokens, more tokens than
                 `max_length`, or elements that are not finite under `check_finite`.
         """
-        if not (checks.tracing() or self._is_empty()):
+        if not checks.tracing() and any(self._mirror()[0]):
             held = self.lengths()
             raise ValueError(
                 f"prefill needs an empty cache, not {held} tokens: append() or reset()"
@@ -149,7 +149,7 @@ class LayerCache(steps.Lasting):
             step, host = self._step(k.shape[2], valid, traced)
             if k.shape[2] <= steps.SLACK:
                 store.write_new(self._view(), k, v, step, self._ops.write_new)
-            self._store(k, v, step, host)
+            self._store(k, v, step, host, self._view())
 
     def decode(
         self,
@@ -207,10 +207,13 @@ class LayerCache(steps.Lasting):
             if fused:
                 out, lse = self._ops.decode_attention(q, view, self.spec, query, scale, *options)
             else:
-                given = q, k, v, None if self._is_empty() else view, self.spec, query, scale
+                past = view if traced or any(self._mirror()[0]) else None
+                given = q, k, v, past, self.spec, query, scale
                 out, lse = self._ops.extend_attention(*given, valid, mask, *options)
             step = saliency.weighed(step, self.spec, q, scale) if step.units else step
-            self._store(k, v, step, host)
+            self._store(k, v, step, host, self._view() if fused else view)
+            if self.spec.window is None:
+                return out
             return with_sinks(out, lse, q, self._view(), self.spec, query, scale, *options[:2])
 
     @torch.inference_mode(False)
@@ -308,9 +311,6 @@ class LayerCache(steps.Lasting):
             self._host = (lengths, packed)
         return self._host
 
-    def _is_empty(self) -> bool:
-        return not checks.tracing() and not any(self._mirror()[0])
-
     def _view(self, length: Tensor | None = None) -> CacheView:
         exact = (self._exact_key, self._exact_value, self._length if length is None else length)
         return CacheView(*self._pages.pool.pages(), self._table, self._packed, *exact, self._smooth)
@@ -342,14 +342,16 @@ class LayerCache(steps.Lasting):
             self._write_table()
         return step, host
 
-    def _store(self, k: Tensor, v: Tensor, step: Step, host: Counts | None) -> None:
+    def _store(
+        self, k: Tensor, v: Tensor, step: Step, host: Counts | None, view: CacheView
+    ) -> None:
         """Store the columns; the counters, which make them count, change last."""
         if host is not None and self._pages.rounds:  # should packing fail, this much is gone
             self._pages.lost = self._pages.forgotten(host[1])
         if step.units or k.shape[2] > steps.SLACK:
             ring = self._pages.ring if self._pages.rounds else None
             ops = self._ops.quantize_pack, ring, self._ops.write_new, self._ops.store_pages
-            store.store(self._view(), self.spec, k, v, step, *ops)
+            store.store(view, self.spec, k, v, step, *ops)
         self._count(step.length, step.packed if step.units else None)
         self._host = host
         if host is None and not torch.compiler.is_compiling():

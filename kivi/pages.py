@@ -91,9 +91,10 @@ class PagePool:
         if count > len(free):
             # A quarter more at a time: copying what is there then costs O(1) per page.
             free += self.grow(max(count - len(free), len(self.references) // 4))
-        for page in free[:count]:
+        free = free[:count]
+        for page in free:
             self.references[page] = 1
-        return free[:count]
+        return free
 
     def drop(self, pages: list[int]) -> None:
         """Give up one reference to each page."""
@@ -186,27 +187,34 @@ class PageTable:
         opened = [page_count(n) for n in tokens]
         if self.columns is not None or opened == self.opened:
             return False
-        references, missing = list(self.pool.references), []
+        shared = self._shared(opened) if self.rounds else []
+        lacking = [max(0, min(n, self.ring) - len(r)) for n, r in zip(opened, self.rows, strict=True)]
+        taken = self.pool.take(len(shared) + sum(lacking))
+        if shared:
+            # Until the step has attended, the page's old tokens are still looked at.
+            try:
+                self.pool.copy([row[i] for row, i in shared], taken[: len(shared)])
+            except BaseException:
+                self.pool.drop(taken)
+                raise
+            for row, i in shared:
+                self.pool.drop(row[i : i + 1])
+                row[i] = taken.pop(0)
+        for row, count in zip(self.rows, lacking, strict=True):
+            row += taken[:count]
+            del taken[:count]
+        self.opened = opened
+        return True
+
+    def _shared(self, opened: list[int]) -> list[tuple[list[int], int]]:
+        """Pages that come round but are shared by now: the others keep them."""
+        references, found = list(self.pool.references), []
         for row, old, new in zip(self.rows, self.opened, opened, strict=True):
-            # A page that comes round may be shared by now: the others keep it.
             for i in sorted({c % self.ring for c in range(max(old, new - self.ring), new)}):
                 if i < len(row) and references[row[i]] > 1:
                     references[row[i]] -= 1
-                    missing.append((row, i))
-            missing += [(row, i) for i in range(len(row), min(new, self.ring))]
-        taken = self.pool.take(len(missing))
-        # Until the step has attended, the page's old tokens are still looked at.
-        pairs = [(r[i], p) for (r, i), p in zip(missing, taken, strict=True) if i < len(r)]
-        try:
-            self.pool.copy([a for a, _ in pairs], [b for _, b in pairs])
-        except BaseException:
-            self.pool.drop(taken)
-            raise
-        for (row, i), page in zip(missing, taken, strict=True):
-            self.pool.drop(row[i : i + 1])
-            row[i : i + 1] = [page]
-        self.opened = opened
-        return True
+                    found.append((row, i))
+        return found
 
     def forgotten(self, packed: list[int]) -> list[int]:
         """Tokens at the start of rows with so many packed ones whose pages hold later ones now."""

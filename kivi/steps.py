@@ -203,7 +203,16 @@ class Steps:
         self._last: dict[Hashable, tuple[Counts, int, tuple[Step, Counts]]] = {}
         self._table: dict[torch.device, tuple[list[list[int]], Tensor]] = {}
         self._none: dict[Hashable, tuple[Tensor, Tensor]] = {}
+        self._kinds: dict[int, tuple[KVSpec, tuple[int, int, int]]] = {}
         self._rooms: list[tuple[KVSpec, int | None, Room]] = []
+
+    def _kind(self, spec: KVSpec) -> tuple[int, int, int]:
+        """What a step depends on. A spec that is known stays alive: its id is nobody else's."""
+        found = self._kinds.get(id(spec))
+        if found is None:
+            sizes = spec.sink_length, spec.residual_length, spec.unit
+            found = self._kinds[id(spec)] = spec, sizes
+        return found[1]
 
     def room(self, spec: KVSpec, window: int | None) -> Room:
         """Where layers with this spec and this window of queries find buffers."""
@@ -246,7 +255,7 @@ class Steps:
         """What `next_step` says."""
         if valid is not None or max_length is not None or not self._remembers:
             return next_step(held, spec, counts, t, valid, max_length)
-        kind = held[0].device, spec.sink_length, spec.residual_length, spec.unit
+        kind = held[0].device, self._kind(spec)
         last = self._last.get(kind)
         if last is None or last[1] != t or last[0] != counts:
             with torch.inference_mode(False):  # layers keep them
