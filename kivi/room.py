@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,5 +75,12 @@ class Room:
             one = make(1)
             stock.left, stock.nbytes = [one], [0 if x is None else x.nbytes for x in one]
             return
-        parts = ([None] * count if x is None else x.chunk(count) for x in make(count))
-        stock.left = [list(part) for part in zip(*parts, strict=True)]
+        parts = [_parts(x, count) for x in make(count)]
+        stock.left = list(map(list, zip(*parts, strict=True)))
+
+
+def _parts(x: Tensor | None, count: int) -> Sequence[Tensor | None]:
+    """A tensor in as many pieces; what has no elements is the same in all places."""
+    if x is None:
+        return [None] * count
+    return x.chunk(count) if x.numel() else [x[: len(x) // count]] * count

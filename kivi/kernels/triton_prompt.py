@@ -15,7 +15,6 @@ from kivi.grids import metadata_dtype
 from kivi.kernels import triton_quantize, triton_write
 from kivi.kernels.triton_direct import Launch, direct, on_device, stream
 from kivi.kernels.triton_formats import is_plain
-from kivi.kernels.triton_pack import copy_tokens
 from kivi.kernels.triton_portable import INTERPRETED
 from kivi.spec import PAGE_TOKENS, KVSpec, OpaqueSpec, QuantSpec
 
@@ -28,8 +27,7 @@ class _Plan(NamedTuple):
     """
 
     spec: KVSpec
-    key: Launch
-    value: Launch
+    pages: tuple[Launch, Launch]
     exact: Launch | None
     numbers: tuple[int, ...]
 
@@ -68,7 +66,7 @@ def _plan(
         tokens, numbers = triton_write.numbers_of(place)
         slots, size = view.exact_value.shape[2:]
         exact = triton_write.launch_of(k.device, k.dtype, tokens, k.shape, slots, size, *strides)
-    return _Plan(spec, _pages(key, k, n), _pages(value, v, n), exact, numbers)
+    return _Plan(spec, (_pages(key, k, n), _pages(value, v, n)), exact, numbers)
 
 
 def store_pages(
@@ -110,22 +108,24 @@ def store_pages(
     # Pages are allocations, or begin with a line of the cache.
     if not isinstance(plan, _Plan) or (at[0] | at[1]) % 16:
         return False
-    runs = page.contiguous(), first.contiguous()
+    page, first = page.contiguous(), first.contiguous()
+    runs = page.data_ptr(), first.data_ptr()
     with on_device(device) if k.is_cuda else nullcontext():
         queue = stream(device) if k.is_cuda else 0
-        for launch, pages, x in ((plan.key, view.key, kv[0]), (plan.value, view.value, kv[1])):
-            plain = launch.kernel is copy_tokens
-            tensors = (pages[0], x, *runs) if plain else (*pages[:3], x, *runs, None)
-            _run(launch, queue, tensors, ())
+        for i, launch in enumerate(plan.pages):
+            (words, scale, zero, *_), x = view[i], kv[i]
+            if launch.compiled is None:
+                given = (words, x, page, first) if scale is None else (*view[i][:3], x, page, first, None)
+                launch.first(*given)
+            elif scale is None:
+                launch.again(queue, (words.data_ptr(), at[i], *runs))
+            else:
+                zeros = None if zero is None else zero.data_ptr()
+                launch.again(queue, (words.data_ptr(), scale.data_ptr(), zeros, at[i], *runs, None))
         if plan.exact is not None:
-            _run(plan.exact, queue, (view.exact_key, view.exact_value, k, v), plan.numbers)
+            exact = view.exact_key, view.exact_value, k, v
+            if plan.exact.compiled is None:
+                plan.exact.first(*exact, *plan.numbers)
+            else:
+                plan.exact.again(queue, (*map(Tensor.data_ptr, exact), *plan.numbers))
     return True
-
-
-def _run(
-    launch: Launch, queue: int, tensors: tuple[Tensor | None, ...], numbers: tuple[int, ...]
-) -> None:
-    if launch.compiled is None:
-        launch.first(*tensors, *numbers)
-    else:
-        launch.again(queue, (*(None if t is None else t.data_ptr() for t in tensors), *numbers))
