@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from contextlib import nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,8 +67,8 @@ class LayerCache(steps.Lasting):
         check_finite: bool = False,
         alike: steps.Steps | None = None,
     ) -> None:
-        value_head_dim = head_dim if value_head_dim is None else value_head_dim
-        self.device, head_dims = checks.check_device(device), (head_dim, value_head_dim)
+        head_dims = head_dim, head_dim if value_head_dim is None else value_head_dim
+        self.device, self.dtype, self.spec = checks.check_device(device), dtype, spec
         self.steps = steps.Steps(False) if alike is None or max_length is not None else alike
         room = self.steps.room(spec, sliding_window)
         own = (batch_size, num_kv_heads, head_dims, dtype, self.device)
@@ -79,24 +78,20 @@ class LayerCache(steps.Lasting):
             return get_ops(impl, spec, *own[2:])
 
         self._ops: Ops = ops() if alike is None else room.once((own, max_length, impl), ops)
-        self.spec, self.max_length, self.check_finite = spec, max_length, check_finite
-        self.sliding_window = sliding_window
+        self.max_length, self.check_finite, self._captured = max_length, check_finite, False
         self.batch_size, self.num_kv_heads = batch_size, num_kv_heads
-        self.head_dim, self.value_head_dim, self.dtype = head_dim, value_head_dim, dtype
+        (self.head_dim, self.value_head_dim), self.sliding_window = head_dims, sliding_window
         self._pages = PageTable(spec, *own, max_length, spec.narrow(sliding_window), room)
         self._table, self._length = self.steps.none(batch_size, self.device)
         self._packed = self._length if max_length is None else steps.copied(self._length)
 
         def make(layers: int) -> Buffers:
-            slots = spec.sink_length + steps.ring_slots(spec) + 1
-            shape = (layers * batch_size, num_kv_heads, slots)
+            shape = layers * batch_size, num_kv_heads, steps.exact_slots(spec)
             exact = zeros([(*shape, d) for d in head_dims], dtype, self.device)
             return [*exact, new_smooth(spec, *exact)]
 
-        exact: list[Any] = room.take("exact", own, make)
-        self._exact_key, self._exact_value, self._smooth = exact
+        self._exact_key, self._exact_value, self._smooth = room.take("exact", own, make)
         self._host: Counts | None = ([0] * batch_size, [0] * batch_size)
-        self._captured = False
         if max_length is not None:
             self._write_table()
 
@@ -134,11 +129,8 @@ class LayerCache(steps.Lasting):
             ValueError: for wrong shapes or dtypes, a cache that holds tokens, more tokens than
                 `max_length`, or elements that are not finite under `check_finite`.
         """
-        if not checks.tracing() and any(self._mirror()[0]):
-            held = self.lengths()
-            raise ValueError(
-                f"prefill needs an empty cache, not {held} tokens: append() or reset()"
-            )
+        if not checks.tracing() and any(n := self.lengths()):
+            raise ValueError(f"prefill needs an empty cache, not {n} tokens: append() or reset()")
         self.append(k, v, valid)
 
     @torch.no_grad()
@@ -149,7 +141,7 @@ class LayerCache(steps.Lasting):
             step, host = self._step(k.shape[2], valid, traced)
             if k.shape[2] <= steps.SLACK:
                 store.write_new(self._view(), k, v, step, self._ops.write_new)
-            self._store(k, v, step, host, self._view())
+            self._store(self._view(), k, v, step, host)
 
     def decode(
         self,
@@ -211,9 +203,9 @@ class LayerCache(steps.Lasting):
                 given = q, k, v, past, self.spec, query, scale
                 out, lse = self._ops.extend_attention(*given, valid, mask, *options)
             step = saliency.weighed(step, self.spec, q, scale) if step.units else step
-            self._store(k, v, step, host, self._view() if fused else view)
+            self._store(self._view() if fused else view, k, v, step, host)
             if self.spec.window is None:
-                return out
+                return out  # type: ignore[no-any-return]
             return with_sinks(out, lse, q, self._view(), self.spec, query, scale, *options[:2])
 
     @torch.inference_mode(False)
@@ -343,7 +335,7 @@ class LayerCache(steps.Lasting):
         return step, host
 
     def _store(
-        self, k: Tensor, v: Tensor, step: Step, host: Counts | None, view: CacheView
+        self, view: CacheView, k: Tensor, v: Tensor, step: Step, host: Counts | None
     ) -> None:
         """Store the columns; the counters, which make them count, change last."""
         if host is not None and self._pages.rounds:  # should packing fail, this much is gone

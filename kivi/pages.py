@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -72,7 +72,7 @@ class PagePool:
             zero((*key, *value))
             return [*key, *value]
 
-        made: list[Any] = self._room.take("pages", (count, self._format[1:]), make)
+        made = self._room.take("pages", (count, self._format[1:]), make)
         return Pages(*made[:5]), Pages(*made[5:])
 
     @property
@@ -188,7 +188,9 @@ class PageTable:
         if self.columns is not None or opened == self.opened:
             return False
         shared = self._shared(opened) if self.rounds else []
-        lacking = [max(0, min(n, self.ring) - len(r)) for n, r in zip(opened, self.rows, strict=True)]
+        lacking = [
+            max(0, min(n, self.ring) - len(r)) for n, r in zip(opened, self.rows, strict=True)
+        ]
         taken = self.pool.take(len(shared) + sum(lacking))
         if shared:
             # Until the step has attended, the page's old tokens are still looked at.

@@ -51,7 +51,7 @@ class Room:
             self._known = {kind: find()}
         return self._known[kind]
 
-    def take(self, name: str, kind: Hashable, make: Callable[[int], Buffers]) -> Buffers:
+    def take(self, name: str, kind: Hashable, make: Callable[[int], Buffers]) -> list[Any]:
         """Buffers that nobody else has.
 
         Args:

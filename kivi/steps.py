@@ -56,6 +56,11 @@ def ring_slots(spec: KVSpec) -> int:
     return spec.residual_length + spec.unit + SLACK
 
 
+def exact_slots(spec: KVSpec) -> int:
+    """E: sinks, the ring, and a bin."""
+    return spec.sink_length + ring_slots(spec) + 1
+
+
 def slots(spec: KVSpec, position: Tensor) -> Tensor:
     """The exact slot of a position; the bin, S + W, for a negative one."""
     sinks, ring = spec.sink_length, ring_slots(spec)
@@ -228,7 +233,7 @@ class Steps:
         if not self._remembers or kind not in self._none:
             with torch.inference_mode(False):
                 lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
-                self._none = {kind: (lengths[:, None][:, :0], lengths)}
+                self._none = {kind: (lengths.new_zeros(batch_size, 0), lengths)}
         return self._none[kind]
 
     def table(self, padded: list[list[int]], device: torch.device) -> Tensor:

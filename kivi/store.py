@@ -112,9 +112,9 @@ def store(
     t, unit, sinks, units = k.shape[2], spec.unit, spec.sink_length, step.units
     if step.whole and store_pages is not None and (ring is None or step.whole <= ring):
         assert step.before is not None
-        length, start = step.before
-        page = _part(view.table, 1, start // PAGE_TOKENS, start // PAGE_TOKENS + step.whole)
-        if store_pages(view, spec, k, v, sinks + start - length, page, step.zeros, step.place):
+        length, packed = step.before
+        page = _part(view.table, 1, packed // PAGE_TOKENS, packed // PAGE_TOKENS + step.whole)
+        if store_pages(view, spec, k, v, sinks + packed - length, page, step.zeros, step.place):
             return
     if units and step.before is not None:
         _pack_alike(view, spec, k, v, step, quantize_pack, ring, store_pages)

@@ -22,17 +22,17 @@ from kivi.spec import PAGE_TOKENS, KVSpec, OpaqueSpec, QuantSpec
 class _Plan(NamedTuple):
     """Launches for keys, values and exact slots, and numbers that the last one takes.
 
-    `spec` stays alive, so that its id is nobody else's: to hash and compare specs takes as long as
-    a launch.
+    No launches where tokens like these are not stored here. `spec` stays alive, so that its id is
+    nobody else's: to hash and compare specs takes as long as a launch.
     """
 
     spec: KVSpec
-    pages: tuple[Launch, Launch]
-    exact: Launch | None
-    numbers: tuple[int, ...]
+    pages: tuple[Launch, ...] = ()
+    exact: Launch | None = None
+    numbers: tuple[int, ...] = ()
 
 
-_PLANS: dict[Any, _Plan | None] = {}
+_PLANS: dict[Any, _Plan] = {}
 
 
 def _pages(one: QuantSpec | None, x: Tensor, n: int) -> Launch:
@@ -53,13 +53,11 @@ def _pages(one: QuantSpec | None, x: Tensor, n: int) -> Launch:
     return launch
 
 
-def _plan(
-    view: Any, spec: KVSpec, k: Tensor, v: Tensor, n: int, place: list[Any] | None
-) -> _Plan | None:
-    """How tokens like these are stored; None if not here."""
+def _plan(view: Any, spec: KVSpec, k: Tensor, v: Tensor, n: int, place: list[Any] | None) -> _Plan:
+    """How tokens like these are stored."""
     key, value, strides = spec.key, spec.value, (k.stride(), v.stride())
     if not (is_plain(key) and is_plain(value)) or strides[0][3] != 1 or strides[1][3] != 1:
-        return None
+        return _Plan(spec)
     assert not isinstance(key, OpaqueSpec) and not isinstance(value, OpaqueSpec)
     exact, numbers = None, tuple[int, ...]()
     if place is not None:
@@ -100,13 +98,13 @@ def store_pages(
     device, n, at = k.device, page.shape[1], (kv[0].data_ptr(), kv[1].data_ptr())
     of_kv = k.dtype, k.shape, k.stride(), v.shape, v.stride()
     call = (id(spec), device, of_kv, n, *(place or ()))
-    plan = _PLANS.get(call, _PLANS)
-    if plan is _PLANS:
+    plan = _PLANS.get(call)
+    if plan is None:
         if len(_PLANS) >= 4096:
             _PLANS.clear()
         plan = _PLANS[call] = _plan(view, spec, k, v, n, place)
     # Pages are allocations, or begin with a line of the cache.
-    if not isinstance(plan, _Plan) or (at[0] | at[1]) % 16:
+    if not plan.pages or (at[0] | at[1]) % 16:
         return False
     page, first = page.contiguous(), first.contiguous()
     runs = page.data_ptr(), first.data_ptr()
@@ -115,8 +113,8 @@ def store_pages(
         for i, launch in enumerate(plan.pages):
             (words, scale, zero, *_), x = view[i], kv[i]
             if launch.compiled is None:
-                given = (words, x, page, first) if scale is None else (*view[i][:3], x, page, first, None)
-                launch.first(*given)
+                stored = (words,) if scale is None else (words, scale, zero)
+                launch.first(*stored, x, page, first, *[None] * (scale is not None))
             elif scale is None:
                 launch.again(queue, (words.data_ptr(), at[i], *runs))
             else:

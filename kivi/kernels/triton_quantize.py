@@ -191,5 +191,5 @@ def quantize_pack(
     if spec is not None and not is_plain(spec):
         quantize_pack_mapped(pages, spec, x, page, first, valid, smooth)
         return
-    call = _op if direct(x, cpu=INTERPRETED) else torch.ops.kivi.quantize_pack.default
+    call: Any = _op if direct(x, cpu=INTERPRETED) else torch.ops.kivi.quantize_pack.default
     call(*pages[:3], x, page, first, valid, *flat(spec))
