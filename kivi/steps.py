@@ -230,11 +230,13 @@ class Steps:
     def none(self, batch_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """The block table and the lengths of rows without tokens."""
         kind = batch_size, device
-        if not self._remembers or kind not in self._none:
+        found = self._none.get(kind)
+        if found is None:
             with torch.inference_mode(False):
                 lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
-                self._none = {kind: (lengths.new_zeros(batch_size, 0), lengths)}
-        return self._none[kind]
+                found = lengths.new_zeros(batch_size, 0), lengths
+            self._none = {kind: found} if self._remembers else {}
+        return found
 
     def table(self, padded: list[list[int]], device: torch.device) -> Tensor:
         """What `table_of` says."""
