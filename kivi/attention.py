@@ -19,13 +19,15 @@ Impl = Literal["auto", "eager", "compile", "triton"]
 class Ops(NamedTuple):
     """The operators of one implementation, with the signatures of `kernels/reference.py`.
 
-    `write_new` puts new tokens into exact slots, where it can: see `kivi.store.write_new`.
+    `write_new` puts new tokens into exact slots, and `store_pages` does that and packs whole pages,
+    where they can: see `kivi.store`.
     """
 
     quantize_pack: Callable[..., Any]
     decode_attention: Callable[..., Any]
     extend_attention: Callable[..., Any]
     write_new: Callable[..., bool] | None = None
+    store_pages: Callable[..., bool] | None = None
 
 
 _EAGER = Ops(reference.quantize_pack, reference.decode_attention, reference.extend_attention)
@@ -70,7 +72,8 @@ def _triton_ops(
             triton.prepare(spec, head_dims, device)
     fused = head_dims is None or triton.packs(spec, head_dims)
     quantize_pack = triton.quantize_pack if fused else reference.quantize_pack
-    return Ops(quantize_pack, triton.decode_attention, triton.extend_attention, triton.write_new)
+    attend = triton.decode_attention, triton.extend_attention
+    return Ops(quantize_pack, *attend, triton.write_new, triton.store_pages)
 
 
 def why_not_fused(spec: KVSpec, head_dim: int, dtype: torch.dtype) -> str | None:

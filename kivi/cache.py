@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from kivi import checks, saliency, steps, store
-from kivi.attention import Impl, get_ops
+from kivi.attention import Impl, Ops, get_ops
 from kivi.pages import CacheBytes, PageTable
 from kivi.quantize import zeros
+from kivi.room import Buffers
 from kivi.sinks import before_sinks, with_sinks
 from kivi.smoothing import new_smooth
-from kivi.spec import KVSpec, check_choice, check_count
+from kivi.spec import KVSpec
 from kivi.steps import Counts, Step
 from kivi.view import CacheView
 
@@ -43,13 +44,13 @@ class LayerCache(steps.Lasting):
         device: where the cache lives.
         impl: "auto", "eager", "compile" or "triton".
         check_finite: refuse keys and values with NaN or infinities (reads the device each time).
+        alike: what layers that step alike share, if it grows; None for a layer of its own.
 
     Raises:
         ValueError: for a size, dtype or implementation that is not allowed, or group sizes that do
             not fit the head dimension.
     """
 
-    @torch.inference_mode(False)  # buffers outlive the mode they are made in
     def __init__(
         self,
         spec: KVSpec,
@@ -64,30 +65,33 @@ class LayerCache(steps.Lasting):
         device: torch.device | str = "cpu",
         impl: Impl = "auto",
         check_finite: bool = False,
+        alike: steps.Steps | None = None,
     ) -> None:
-        value_head_dim = head_dim if value_head_dim is None else value_head_dim
-        check_count("batch_size", batch_size, 1)
-        check_count("num_kv_heads", num_kv_heads, 1)
-        for name, count in (("max_length", max_length), ("sliding_window", sliding_window)):
-            check_count(name, 1 if count is None else count, 1)
-        check_choice("dtype", dtype, checks.DTYPES)
-        spec.bits_per_element(head_dim, value_head_dim)  # raises where one does not fit
-        self.spec, self.max_length, self.check_finite = spec, max_length, check_finite
-        self.sliding_window = sliding_window
+        head_dims = head_dim, head_dim if value_head_dim is None else value_head_dim
+        self.device, self.dtype, self.spec = checks.check_device(device), dtype, spec
+        self.steps = steps.Steps(False) if alike is None or max_length is not None else alike
+        room = self.steps.room(spec, sliding_window)
+        own = (batch_size, num_kv_heads, head_dims, dtype, self.device)
+
+        def ops() -> Ops:
+            checks.check_layer(spec, *own[:4], max_length, sliding_window)
+            return get_ops(impl, spec, *own[2:])
+
+        self._ops: Ops = ops() if alike is None else room.once((own, max_length, impl), ops)
+        self.max_length, self.check_finite, self._captured = max_length, check_finite, False
         self.batch_size, self.num_kv_heads = batch_size, num_kv_heads
-        self.head_dim, self.value_head_dim, self.dtype = head_dim, value_head_dim, dtype
-        self.device = checks.check_device(device)
-        shape, where = (batch_size, num_kv_heads, (head_dim, value_head_dim)), (dtype, self.device)
-        self._ops = get_ops(impl, spec, shape[2], *where)
-        self._pages = PageTable(spec, *shape, *where, max_length, spec.narrow(sliding_window))
-        self._table = torch.zeros(batch_size, 0, dtype=torch.int64, device=self.device)
-        slots = (batch_size, num_kv_heads, spec.sink_length + steps.ring_slots(spec) + 1)
-        self._exact_key, self._exact_value = zeros([(*slots, d) for d in shape[2]], *where)
-        self._length = torch.zeros(batch_size, dtype=torch.int64, device=self.device)
-        self._packed = self._length if max_length is None else self._length.clone()  # see _count
-        self._smooth = new_smooth(spec, self._exact_key, self._exact_value)
+        (self.head_dim, self.value_head_dim), self.sliding_window = head_dims, sliding_window
+        self._pages = PageTable(spec, *own, max_length, spec.narrow(sliding_window), room)
+        self._table, self._length = self.steps.none(batch_size, self.device)
+        self._packed = self._length if max_length is None else steps.copied(self._length)
+
+        def make(layers: int) -> Buffers:
+            shape = layers * batch_size, num_kv_heads, steps.exact_slots(spec)
+            exact = zeros([(*shape, d) for d in head_dims], dtype, self.device)
+            return [*exact, new_smooth(spec, *exact)]
+
+        self._exact_key, self._exact_value, self._smooth = room.take("exact", own, make)
         self._host: Counts | None = ([0] * batch_size, [0] * batch_size)
-        self._captured, self.steps = False, steps.Steps(False)  # or one of layers that step alike
         if max_length is not None:
             self._write_table()
 
@@ -125,11 +129,8 @@ class LayerCache(steps.Lasting):
             ValueError: for wrong shapes or dtypes, a cache that holds tokens, more tokens than
                 `max_length`, or elements that are not finite under `check_finite`.
         """
-        if not (checks.tracing() or self._is_empty()):
-            held = self.lengths()
-            raise ValueError(
-                f"prefill needs an empty cache, not {held} tokens: append() or reset()"
-            )
+        if not checks.tracing() and any(n := self.lengths()):
+            raise ValueError(f"prefill needs an empty cache, not {n} tokens: append() or reset()")
         self.append(k, v, valid)
 
     @torch.no_grad()
@@ -140,7 +141,7 @@ class LayerCache(steps.Lasting):
             step, host = self._step(k.shape[2], valid, traced)
             if k.shape[2] <= steps.SLACK:
                 store.write_new(self._view(), k, v, step, self._ops.write_new)
-            self._store(k, v, step, host)
+            self._store(self._view(), k, v, step, host)
 
     def decode(
         self,
@@ -198,10 +199,13 @@ class LayerCache(steps.Lasting):
             if fused:
                 out, lse = self._ops.decode_attention(q, view, self.spec, query, scale, *options)
             else:
-                given = q, k, v, None if self._is_empty() else view, self.spec, query, scale
+                past = view if traced or any(self._mirror()[0]) else None
+                given = q, k, v, past, self.spec, query, scale
                 out, lse = self._ops.extend_attention(*given, valid, mask, *options)
             step = saliency.weighed(step, self.spec, q, scale) if step.units else step
-            self._store(k, v, step, host)
+            self._store(self._view() if fused else view, k, v, step, host)
+            if self.spec.window is None:
+                return out  # type: ignore[no-any-return]
             return with_sinks(out, lse, q, self._view(), self.spec, query, scale, *options[:2])
 
     @torch.inference_mode(False)
@@ -299,23 +303,18 @@ class LayerCache(steps.Lasting):
             self._host = (lengths, packed)
         return self._host
 
-    def _is_empty(self) -> bool:
-        return not checks.tracing() and not any(self._mirror()[0])
-
     def _view(self, length: Tensor | None = None) -> CacheView:
         exact = (self._exact_key, self._exact_value, self._length if length is None else length)
         return CacheView(*self._pages.pool.pages(), self._table, self._packed, *exact, self._smooth)
 
-    @torch.inference_mode(False)
     def _write_table(self) -> None:
         """Write the block table; with a max_length, tell torch.compile that tensors stay put."""
         table = self.steps.table(self._pages.padded(), self.device)
-        static = self.max_length is not None
-        if static and table.shape == self._table.shape:
+        if self.max_length is not None and table.shape == self._table.shape:
             self._table.copy_(table)
         else:
-            self._table = table.clone() if static else table
-        for tensor in self._view().tensors() if static else ():
+            self._table = table if self.max_length is None else steps.copied(table)
+        for tensor in self._view().tensors() if self.max_length is not None else ():
             torch._dynamo.mark_static_address(tensor)
 
     def _check(self, k: Tensor, v: Tensor, valid: Tensor | None) -> bool:
@@ -335,14 +334,16 @@ class LayerCache(steps.Lasting):
             self._write_table()
         return step, host
 
-    def _store(self, k: Tensor, v: Tensor, step: Step, host: Counts | None) -> None:
+    def _store(
+        self, view: CacheView, k: Tensor, v: Tensor, step: Step, host: Counts | None
+    ) -> None:
         """Store the columns; the counters, which make them count, change last."""
         if host is not None and self._pages.rounds:  # should packing fail, this much is gone
             self._pages.lost = self._pages.forgotten(host[1])
         if step.units or k.shape[2] > steps.SLACK:
             ring = self._pages.ring if self._pages.rounds else None
-            ops = self._ops.quantize_pack, ring, self._ops.write_new
-            store.store(self._view(), self.spec, k, v, step, *ops)
+            ops = self._ops.quantize_pack, ring, self._ops.write_new, self._ops.store_pages
+            store.store(view, self.spec, k, v, step, *ops)
         self._count(step.length, step.packed if step.units else None)
         self._host = host
         if host is None and not torch.compiler.is_compiling():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kivi.spec import check_count
+from kivi.spec import KVSpec, check_choice, check_count
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -16,6 +16,24 @@ def check_device(device: torch.device | str) -> torch.device:
         return torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"device={device!r} is not allowed: {error}") from None
+
+
+def check_layer(
+    spec: KVSpec,
+    batch_size: int,
+    num_kv_heads: int,
+    head_dims: tuple[int, int],
+    dtype: torch.dtype,
+    max_length: int | None,
+    sliding_window: int | None,
+) -> None:
+    """Raise a ValueError for what no layer's cache can be (see `kivi.cache.LayerCache`)."""
+    check_count("batch_size", batch_size, 1)
+    check_count("num_kv_heads", num_kv_heads, 1)
+    for name, count in (("max_length", max_length), ("sliding_window", sliding_window)):
+        check_count(name, 1 if count is None else count, 1)
+    check_choice("dtype", dtype, DTYPES)
+    spec.bits_per_element(*head_dims)  # raises where one does not fit
 
 
 def _describe(x: object) -> str:

@@ -32,7 +32,7 @@ from kivi.hf_masks import Shared
 from kivi.hf_rope import find_rope
 from kivi.hf_schemes import Schemes, layer_schemes
 from kivi.pages import CacheBytes
-from kivi.spec import check_count
+from kivi.spec import KVSpec, check_count
 
 __all__ = ["ATTENTION", "KVCache", "PackedLayer"]
 
@@ -81,7 +81,7 @@ class KVCache(Cache):
         self.schemes = layer_schemes(scheme, len(kinds), options)
         self.max_length, self.check_finite = max_length, check_finite
         self._model = hf_save.comparable(model.config)
-        shared, foreign, layers = Shared(), set(), list[Any]()
+        shared, foreign, layers, specs = Shared(), set[str](), list[Any](), list[KVSpec]()
         for i, kind in enumerate(kinds):
             packs = type(kind) in (DynamicLayer, DynamicSlidingWindowLayer)
             if packs and types[i] != "chunked_attention":
@@ -94,6 +94,9 @@ class KVCache(Cache):
                             f"scheme={self.schemes[i].name!r} drops tokens, which takes a rotary "
                             f"embedding; none was found in model={type(model).__name__}, layer {i}"
                         )
+                # Equal ones as one object: to compare them takes a while.
+                spec = next((one for one in specs if one == spec), spec)
+                specs.append(spec)
                 layers.append(PackedLayer(spec, window, max_length, impl, check_finite, shared))
             else:
                 foreign.add(type(kind).__name__)

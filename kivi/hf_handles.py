@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map
 from kivi.cache import LayerCache
 from kivi.checks import tracing
 from kivi.hf_causal import METADATA, CausalMask
-from kivi.hf_masks import Shared
+from kivi.hf_masks import Shared, stand_in
 from kivi.steps import Lasting
 
 _NOTHING = nullcontext()
@@ -54,7 +54,6 @@ class Columns(Lasting):
         # First column and `valid [B, T]` of the forwards that held padding.
         self.padding: list[tuple[int, Tensor]] = []
         self.packed_calls = self.dense_calls = 0
-        self._stand_in: Tensor | None = None
 
     def handles(self, k: Tensor, v: Tensor) -> tuple[CachedStates, CachedStates]:
         """Handles of all keys and values, the new ones `[B, Hkv, T, D]` included.
@@ -69,18 +68,9 @@ class Columns(Lasting):
         traced, dtype = tracing(), self.cache.dtype
         update = Update(self, _as(k, dtype), _as(v, dtype), traced)
         b, heads, t, d = k.shape
-        one = update.k.new_empty(()) if traced else self.stand_in()
-        key = value = one.expand(b, heads, self.total(t), d)
-        if v.shape[3] != d:
-            value = one.expand(b, heads, self.total(t), v.shape[3])
+        shape = b, heads, self.total(t), d, v.shape[3]
+        key, value = (stand_in if traced else self.shared.stand_in)(shape, dtype, k.device)
         return CachedStates.of(update, key, False), CachedStates.of(update, value, True)
-
-    def stand_in(self) -> Tensor:
-        """The one element of the handles of all eager steps: even an empty tensor takes a while."""
-        if self._stand_in is None:
-            with torch.inference_mode(False):  # it outlives that mode
-                self._stand_in = torch.empty((), dtype=self.cache.dtype, device=self.cache.device)
-        return self._stand_in
 
     def total(self, t: int) -> int:
         """Columns that a mask has for t new ones."""

@@ -46,6 +46,8 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         get_ops(impl, spec)  # refuses before anything is allocated
         self.spec, self.sliding_window, self.max_length = spec, sliding_window, max_length
         self.impl, self.check_finite, self.shared = impl, check_finite, shared
+        if max_length is None:
+            shared.steps.room(spec, sliding_window).layers += 1
         self.is_compileable = max_length is not None and not check_finite
 
     @property
@@ -71,6 +73,7 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             device=key_states.device,
             impl=self.impl,
             check_finite=self.check_finite,
+            alike=self.shared.steps,
         )
         self.columns = Columns(cache, self.sliding_window, self.shared)
         self.is_initialized = True

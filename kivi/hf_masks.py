@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,17 +28,36 @@ class Reading(NamedTuple):
     block: Tensor | None = None
 
 
+def stand_in(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Tensors `[B, Hkv, N, D]` and `[B, Hkv, N, Dv]` without memory; `shape`: all five."""
+    one = torch.empty((), dtype=dtype, device=device)
+    return one.expand(shape[:4]), one.expand(*shape[:3], shape[4])
+
+
 class Shared:
     """What the layers of a cache share: masks and steps, worked out once for all; one warning."""
 
     def __init__(self) -> None:
         # Weak: a mask of a long prompt is large, and must not outlive its forward.
         self._known = WeakTensorKeyDictionary()
+        self._stand_in: tuple[Any, tuple[Tensor, Tensor]] | None = None
         self.steps = Steps()
         self.warned = False
 
     def __reduce__(self) -> tuple[type[Shared], tuple[()]]:
         return Shared, ()  # a copy starts without what was read
+
+    def stand_in(
+        self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """What `stand_in` makes, for all layers that ask for the same."""
+        kind = shape, dtype, device
+        if self._stand_in is None or self._stand_in[0] != kind:
+            with torch.inference_mode(False):  # it outlives that mode
+                self._stand_in = kind, stand_in(*kind)
+        return self._stand_in[1]
 
     def read(
         self,

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from kivi.quantize import Pages, new_pages, zero
+from kivi.room import Buffers, Room
 from kivi.spec import PAGE_TOKENS, KVSpec
 
 CROP = 128
@@ -34,6 +35,7 @@ class PagePool:
         value_head_dim: D of the values.
         dtype: the model's dtype.
         device: where the pages live.
+        room: where their memory comes from.
         pages: pages allocated at first.
     """
 
@@ -45,10 +47,11 @@ class PagePool:
         value_head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
+        room: Room,
         pages: int = 0,
     ) -> None:
         shape, where = (num_kv_heads, head_dim, value_head_dim), (dtype, device)
-        self._format = spec, shape, where
+        self._format, self._room = (spec, shape, where), room
         self._made: tuple[Pages, Pages] | None = None
         self.references = [1] + [0] * pages
         # Pages that caches with a max_length may need at once, if they share nothing.
@@ -60,13 +63,17 @@ class PagePool:
             self._made = self._make(len(self.references))
         return self._made
 
-    @torch.inference_mode(False)
     def _make(self, count: int) -> tuple[Pages, Pages]:
         spec, (heads, d, dv), where = self._format
-        key = new_pages(spec.key, count, heads, d, *where)
-        value = new_pages(spec.value, count, heads, dv, *where)
-        zero((*key, *value))
-        return key, value
+
+        def make(layers: int) -> Buffers:
+            key = new_pages(spec.key, layers * count, heads, d, *where)
+            value = new_pages(spec.value, layers * count, heads, dv, *where)
+            zero((*key, *value))
+            return [*key, *value]
+
+        made = self._room.take("pages", (count, self._format[1:]), make)
+        return Pages(*made[:5]), Pages(*made[5:])
 
     @property
     def page_nbytes(self) -> int:
@@ -84,9 +91,10 @@ class PagePool:
         if count > len(free):
             # A quarter more at a time: copying what is there then costs O(1) per page.
             free += self.grow(max(count - len(free), len(self.references) // 4))
-        for page in free[:count]:
+        free = free[:count]
+        for page in free:
             self.references[page] = 1
-        return free[:count]
+        return free
 
     def drop(self, pages: list[int]) -> None:
         """Give up one reference to each page."""
@@ -100,24 +108,28 @@ class PagePool:
         for tensor, new in [(t, t[source]) for t in tensors]:
             tensor[target] = new
 
-    @torch.inference_mode(False)
     def grow(self, count: int) -> list[int]:
         """Add `count` pages and return them."""
-        old = len(self.references)
-
-        def grown(pages: Pages) -> Pages:
-            def more(t: torch.Tensor) -> torch.Tensor:
-                new = t.new_zeros(old + count, *t.shape[1:])
-                new[:old] = t
-                return new
-
-            words, *others = pages
-            return Pages(more(words), *(None if t is None else more(t) for t in others))
-
-        made = self._made
-        self._made = (grown(made[0]), grown(made[1])) if made else self._make(old + count)
+        old, made = len(self.references), self._made
+        if made is None:
+            self._made = self._make(old + count)
+        else:
+            self._made = _grown(made[0], count), _grown(made[1], count)
         self.references += [0] * count
         return list(range(old, old + count))
+
+
+@torch.inference_mode(False)
+def _grown(pages: Pages, count: int) -> Pages:
+    """Pages with `count` more of them."""
+
+    def more(t: torch.Tensor) -> torch.Tensor:
+        new = t.new_zeros(len(t) + count, *t.shape[1:])
+        new[: len(t)] = t
+        return new
+
+    words, *others = pages
+    return Pages(more(words), *(None if t is None else more(t) for t in others))
 
 
 class PageTable:
@@ -136,6 +148,7 @@ class PageTable:
         max_length: tokens of a row, for which every row owns its pages from the start; None to
             take pages when needed.
         window: the longest window that queries have; None to keep all tokens.
+        room: where memory comes from.
     """
 
     def __init__(
@@ -148,6 +161,7 @@ class PageTable:
         device: torch.device,
         max_length: int | None,
         window: int | None,
+        room: Room,
     ) -> None:
         self.columns, ring = None, None if window is None else ring_pages(spec, window)
         if max_length is not None:
@@ -158,7 +172,7 @@ class PageTable:
         self.ring = ring or sys.maxsize
         self.owned = min(self.columns or 0, self.ring)
         count = batch_size * self.owned
-        self.pool = PagePool(spec, num_kv_heads, *head_dims, dtype, device, count)
+        self.pool = PagePool(spec, num_kv_heads, *head_dims, dtype, device, room, count)
         self.rows = [self.pool.take(self.owned) for _ in range(batch_size)]
         self.opened, self.lost = [self.columns or 0] * batch_size, [0] * batch_size
         self.pool.promised += count
@@ -173,29 +187,36 @@ class PageTable:
         opened = [page_count(n) for n in tokens]
         if self.columns is not None or opened == self.opened:
             return False
-        references, missing = list(self.pool.references), []
-        for row, old, new in zip(self.rows, self.opened, opened, strict=True):
-            # A page that comes round may be shared by now: the others keep it.
-            round_again = {c % self.ring for c in range(max(old, new - self.ring), new)}
-            for i in range(min(new, self.ring)):
-                shared = i < len(row) and i in round_again and references[row[i]] > 1
-                if shared:
-                    references[row[i]] -= 1
-                if shared or i >= len(row):
-                    missing.append((row, i))
-        taken = self.pool.take(len(missing))
-        # Until the step has attended, the page's old tokens are still looked at.
-        pairs = [(r[i], p) for (r, i), p in zip(missing, taken, strict=True) if i < len(r)]
-        try:
-            self.pool.copy([a for a, _ in pairs], [b for _, b in pairs])
-        except BaseException:
-            self.pool.drop(taken)
-            raise
-        for (row, i), page in zip(missing, taken, strict=True):
-            self.pool.drop(row[i : i + 1])
-            row[i : i + 1] = [page]
+        shared = self._shared(opened) if self.rounds else []
+        lacking = [
+            max(0, min(n, self.ring) - len(r)) for n, r in zip(opened, self.rows, strict=True)
+        ]
+        taken = self.pool.take(len(shared) + sum(lacking))
+        if shared:
+            # Until the step has attended, the page's old tokens are still looked at.
+            try:
+                self.pool.copy([row[i] for row, i in shared], taken[: len(shared)])
+            except BaseException:
+                self.pool.drop(taken)
+                raise
+            for row, i in shared:
+                self.pool.drop(row[i : i + 1])
+                row[i] = taken.pop(0)
+        for row, count in zip(self.rows, lacking, strict=True):
+            row += taken[:count]
+            del taken[:count]
         self.opened = opened
         return True
+
+    def _shared(self, opened: list[int]) -> list[tuple[list[int], int]]:
+        """Pages that come round but are shared by now: the others keep them."""
+        references, found = list(self.pool.references), []
+        for row, old, new in zip(self.rows, self.opened, opened, strict=True):
+            for i in sorted({c % self.ring for c in range(max(old, new - self.ring), new)}):
+                if i < len(row) and references[row[i]] > 1:
+                    references[row[i]] -= 1
+                    found.append((row, i))
+        return found
 
     def forgotten(self, packed: list[int]) -> list[int]:
         """Tokens at the start of rows with so many packed ones whose pages hold later ones now."""
@@ -301,6 +322,7 @@ class PageTable:
         return [[r[c % self.ring] for c in range(n)] + [0] * (width - n) for r, n in pairs]
 
 
+@torch.inference_mode(False)  # layers keep it
 def table_of(padded: list[list[int]], device: torch.device) -> torch.Tensor:
     """What `PageTable.padded` gives as `[B, n]` int64 on a device."""
     table = torch.tensor(padded, dtype=torch.int64).view(len(padded), len(padded[0]))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kivi.pages import CROP, page_count, table_of
+from kivi.room import Room
 from kivi.spec import PAGE_TOKENS, TILE_ROWS, KVSpec, check_count
 
 SLACK = TILE_ROWS
@@ -35,6 +36,8 @@ class Step(NamedTuple):
     `[B, T]` of up to SLACK columns, None for more. `before`: tokens and packed tokens that every
     row had, if the host knows that. Tensors may be views of the counters, and shared by layers:
     none is written. `zeros [B, n]`, int64, if pages may be begun: for all pages that units enter.
+    `pages`: how many columns fill from their start on, if no old token leaves; else 0.
+    `tail [512]`: which tokens of the last of them are columns, bool; None if all.
     `weigh` tells formats that ask for it which tokens matter (`kivi.saliency`).
     """
 
@@ -45,12 +48,19 @@ class Step(NamedTuple):
     place: list[Stretch] | tuple[Tensor, Tensor] | None
     before: tuple[int, int] | None = None
     zeros: Tensor | None = None
+    pages: int = 0
+    tail: Tensor | None = None
     weigh: Callable[[Tensor, Tensor | int], Tensor] | None = None
 
 
 def ring_slots(spec: KVSpec) -> int:
     """W: room for R tokens, a unit that is not yet full, and SLACK new tokens."""
     return spec.residual_length + spec.unit + SLACK
+
+
+def exact_slots(spec: KVSpec) -> int:
+    """E: sinks, the ring, and a bin."""
+    return spec.sink_length + ring_slots(spec) + 1
 
 
 def slots(spec: KVSpec, position: Tensor) -> Tensor:
@@ -118,11 +128,16 @@ def plan(
     known = (counts[0][0], counts[1][0]) if counts is not None and same else None
     window = length - packed - (spec.sink_length + spec.residual_length)
     packed = packed + window.clamp_min(0) // spec.unit * spec.unit
-    zeros = None
+    zeros, filled, tail = None, 0, None
     if known is not None and t > SLACK:
         pages = page_count(known[1] + units * spec.unit) - known[1] // PAGE_TOKENS
         zeros = length.new_zeros(length.shape[0], pages)
-    return Step(position, length, packed, units, place, known, zeros)
+        column = spec.sink_length + known[1] - known[0]  # the first one that leaves
+        filled = pages if column >= 0 == known[1] % PAGE_TOKENS else 0
+        last = t - column - (pages - 1) * PAGE_TOKENS
+        if filled and last < PAGE_TOKENS:
+            tail = torch.arange(PAGE_TOKENS, device=length.device) < last
+    return Step(position, length, packed, units, place, known, zeros, filled, tail)
 
 
 def plan_on_host(
@@ -183,7 +198,7 @@ def next_step(
 
 
 class Steps:
-    """Steps that the layers of a growing cache make alike, worked out by the first of them.
+    """What the layers of a growing cache do alike: steps, worked out by the first, and room.
 
     Every operation costs the host as much as a layer's attention takes. No layer may write to its
     counters or its block table then, only replace them: they are the same tensors in all layers.
@@ -196,6 +211,36 @@ class Steps:
         self._remembers = remembers
         self._last: dict[Hashable, tuple[Counts, int, tuple[Step, Counts]]] = {}
         self._table: dict[torch.device, tuple[list[list[int]], Tensor]] = {}
+        self._none: dict[Hashable, tuple[Tensor, Tensor]] = {}
+        self._kinds: dict[int, tuple[KVSpec, tuple[int, int, int]]] = {}
+        self._rooms: list[tuple[KVSpec, int | None, Room]] = []
+
+    def _kind(self, spec: KVSpec) -> tuple[int, int, int]:
+        """What a step depends on. A spec that is known stays alive: its id is nobody else's."""
+        found = self._kinds.get(id(spec))
+        if found is None:
+            sizes = spec.sink_length, spec.residual_length, spec.unit
+            found = self._kinds[id(spec)] = spec, sizes
+        return found[1]
+
+    def room(self, spec: KVSpec, window: int | None) -> Room:
+        """Where layers with this spec and this window of queries find buffers."""
+        for own, longest, room in self._rooms:
+            if (own is spec or own == spec) and longest == window:
+                return room
+        self._rooms.append((spec, window, Room()))
+        return self._rooms[-1][2]
+
+    def none(self, batch_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The block table and the lengths of rows without tokens."""
+        kind = batch_size, device
+        found = self._none.get(kind)
+        if found is None:
+            with torch.inference_mode(False):
+                lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
+                found = lengths.new_zeros(batch_size, 0), lengths
+            self._none = {kind: found} if self._remembers else {}
+        return found
 
     def table(self, padded: list[list[int]], device: torch.device) -> Tensor:
         """What `table_of` says."""
@@ -221,7 +266,7 @@ class Steps:
         """What `next_step` says."""
         if valid is not None or max_length is not None or not self._remembers:
             return next_step(held, spec, counts, t, valid, max_length)
-        kind = held[0].device, spec.sink_length, spec.residual_length, spec.unit
+        kind = held[0].device, self._kind(spec)
         last = self._last.get(kind)
         if last is None or last[1] != t or last[0] != counts:
             with torch.inference_mode(False):  # layers keep them
@@ -231,13 +276,14 @@ class Steps:
 
 
 @torch.inference_mode(False)
-def _copy(x: Tensor) -> Tensor:
+def copied(x: Tensor) -> Tensor:
+    """A copy that outlives inference mode."""
     return x.clone()
 
 
 def kept(x: Tensor) -> Tensor:
     """A tensor that outlives inference mode, the same one if it does."""
-    return _copy(x) if x.is_inference() else x
+    return copied(x) if x.is_inference() else x
 
 
 class Lasting:

@@ -91,6 +91,7 @@ def store(
     quantize_pack: Callable[..., None],
     ring: int | None = None,
     write: Callable[..., bool] | None = None,
+    store_pages: Callable[..., bool] | None = None,
 ) -> None:
     """Store T columns: units leave the window into pages, the new tokens enter it.
 
@@ -106,10 +107,18 @@ def store(
         ring: a page is written again this many columns later; what would be lost so at once is
             not packed at all.
         write: see `write_new`.
+        store_pages: packs pages of keys and values from their start on, or says that it cannot.
     """
     t, unit, sinks, units = k.shape[2], spec.unit, spec.sink_length, step.units
+    if step.pages and store_pages is not None and (ring is None or step.pages <= ring):
+        assert step.before is not None
+        length, packed = step.before
+        page = _part(view.table, 1, packed // PAGE_TOKENS, packed // PAGE_TOKENS + step.pages)
+        runs = sinks + packed - length, page, step.zeros, step.tail
+        if store_pages(view, spec, k, v, *runs, step.place):
+            return
     if units and step.before is not None:
-        _pack_alike(view, spec, k, v, step, quantize_pack, ring)
+        _pack_alike(view, spec, k, v, step, quantize_pack, ring, store_pages)
     elif units:
         start = view.packed
         if ring is not None:
@@ -144,6 +153,7 @@ def _pack_alike(
     step: Step,
     quantize_pack: Callable[..., None],
     ring: int | None,
+    store_pages: Callable[..., bool] | None,
 ) -> None:
     """`store`'s packing where the host knows which tokens leave, the same of all rows.
 
@@ -176,7 +186,7 @@ def _pack_alike(
         rest = [_part(x, 2, head, x.shape[2]) for x in body]
         assert step.zeros is not None
         zeros = _part(step.zeros, 1, 0, page.shape[1])
-        _pack_pages(view, spec, rest, begin + head, page, zeros, quantize_pack)
+        _pack_pages(view, spec, rest, begin + head, page, zeros, quantize_pack, store_pages)
 
 
 def _pack_pages(
@@ -187,6 +197,7 @@ def _pack_pages(
     page: Tensor,
     zeros: Tensor,
     quantize_pack: Callable[..., None],
+    store_pages: Callable[..., bool] | None,
 ) -> None:
     """Quantize and pack tokens from the start of a page on, a page at a time.
 
@@ -201,17 +212,22 @@ def _pack_pages(
         page: `[B, n]`.
         zeros: `[B, n]`, where in its page each run begins.
         quantize_pack: the operator.
+        store_pages: see `store`.
     """
     n, factors, specs = page.shape[1], smooth_factors(view, spec), (spec.key, spec.value)
     whole = min(n, *(x.shape[2] // PAGE_TOKENS for x in sources))
     for first, last in ((0, whole), (whole, n)):
         if first == last:
             continue
+        where, start = _part(page, 1, first, last), _part(zeros, 1, 0, last - first)
         parts = [_part(x, 2, first * PAGE_TOKENS, last * PAGE_TOKENS) for x in sources]
         if first == whole:  # one page
             parts = [F.pad(x, (0, 0, 0, PAGE_TOKENS - x.shape[2])) for x in parts]
+        if store_pages is not None and store_pages(
+            view, spec, *parts[:2], 0, where, start, None, None
+        ):
+            continue
         runs = [x.unflatten(2, (last - first, -1)).transpose(1, 2) for x in parts]
-        where, start = _part(page, 1, first, last), _part(zeros, 1, 0, last - first)
         told = list[Tensor]()
         if any(map(is_told, specs)):
             number = torch.arange(first, last, device=page.device)

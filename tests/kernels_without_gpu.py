@@ -29,6 +29,7 @@ from kivi.kernels import (
     triton_fast,
     triton_mapped,
     triton_portable,
+    triton_prompt,
     triton_quantize,
     triton_quantize_mapped,
     triton_write,
@@ -76,7 +77,7 @@ def become(target: GPUTarget) -> None:
     triton_quantize_mapped._has_tensor_cores = lambda device: generation >= 9
     triton_quantize._has_pairs = lambda device: nvidia
     here = triton_write.direct
-    triton_write.direct = lambda *x, cpu=False: here(*x, cpu=True)
+    triton_write.direct = triton_prompt.direct = lambda *x, cpu=False: here(*x, cpu=True)
     torch.cuda.device = lambda device: nullcontext()  # type: ignore[misc, assignment]
     triton_decode._library.impl("decode_attention", triton_decode._decode_attention, "CPU")
     triton_mapped._library.impl("mapped_attention", triton_mapped._mapped_attention, "CPU")
@@ -140,6 +141,16 @@ def write(rows: int, t: int, dtype: torch.dtype = torch.bfloat16) -> None:
     triton_write.write_new(exact, exact.clone(), k, v, [(t - last, 0, last)])
 
 
+def first_pages(t: int, n: int) -> None:
+    """A prompt's first n pages, and what of it stays exact."""
+    layer = LayerCache(KIVI, 1, 2, 128, dtype=torch.bfloat16, impl="eager")
+    layer._pages.reserve([512 * n])
+    k, page = torch.zeros(1, 2, t, 128, dtype=torch.bfloat16), torch.zeros(1, n, dtype=torch.int64)
+    place = [(t - 192, 0, 192)]
+    tail = torch.arange(512) < t - 512 * (n - 1) if t < 512 * n else None
+    assert triton_prompt.store_pages(layer._view(), KIVI, k, k, 0, page, page, tail, place)
+
+
 def few_calls() -> None:
     """Every kernel, and of each branch that a spec chooses some."""
     decode(KIVI, d=64)
@@ -166,6 +177,8 @@ def few_calls() -> None:
         pack(replace(PLUMB, bits=3), 2, 1, 128, smooth=True)
     write(2, 1)
     write(1, 600, torch.float32)
+    first_pages(1024, 2)
+    first_pages(1100, 3)
 
 
 def many_calls() -> None:

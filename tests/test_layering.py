@@ -22,6 +22,7 @@ LAYERS = (
     ("kivi.grids", "kivi.transforms", "kivi.codebooks"),
     ("kivi.opaque",),
     ("kivi.quantize",),
+    ("kivi.room",),
     ("kivi.view",),
     ("kivi.kernels.reference", "kivi.kernels.sparse", "kivi.kernels.triton_*"),
     ("kivi.kernels",),

@@ -25,6 +25,7 @@ from kivi.kernels.reference import exact_positions
 from kivi.kernels.triton_decode import decode_attention
 from kivi.kernels.triton_extend import extend_attention
 from kivi.kernels.triton_formats import is_plain, supports
+from kivi.kernels.triton_prompt import store_pages
 from kivi.kernels.triton_quantize import quantize_pack
 from kivi.kernels.triton_write import write_new
 from kivi.packing import unpack
@@ -285,7 +286,7 @@ def test_what_is_served_by_what() -> None:
     assert "center=16" in str(supports(small, None, 64, 64, HALF))
     device = torch.device(DEVICE)
     ops = get_ops("triton", plumb, (64, 64), HALF, device)
-    assert ops == (quantize_pack, decode_attention, extend_attention, write_new)
+    assert ops == (quantize_pack, decode_attention, extend_attention, write_new, store_pages)
     rotated = KVSpec(ROTATED, ROTATED)
     with pytest.raises(ValueError, match="impl='triton' cannot serve"):
         get_ops("triton", rotated, (64, 64), HALF, device)

@@ -8,6 +8,7 @@ from kivi.kernels import triton_formats, triton_mapped
 from kivi.kernels.triton_decode import decode_attention
 from kivi.kernels.triton_extend import extend_attention
 from kivi.kernels.triton_portable import INTERPRETED
+from kivi.kernels.triton_prompt import store_pages
 from kivi.kernels.triton_quantize import quantize_pack
 from kivi.kernels.triton_write import write_new
 from kivi.spec import KVSpec
@@ -18,6 +19,7 @@ __all__ = [
     "packs",
     "prepare",
     "quantize_pack",
+    "store_pages",
     "supports",
     "write_new",
 ]

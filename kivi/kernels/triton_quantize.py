@@ -112,7 +112,7 @@ def _op(
     rows = x if x.dim() == 5 else x.unsqueeze(0)
     tensors = (words, scale, zero, x, page, first, valid) if bits else (words, x, page, first)
     addresses = [None if t is None else t.data_ptr() for t in tensors]
-    launch = _launch(
+    launch = launch_of(
         (bits, axis, group_size, grid),
         x.device,
         (x.dtype, *(None if t is None else t.dtype for t in (words, scale, zero))),
@@ -131,7 +131,7 @@ def _op(
 
 
 @lru_cache(1024)
-def _launch(
+def launch_of(
     spec: tuple[int, str, int | None, str],
     device: torch.device,
     dtypes: tuple[torch.dtype | None, ...],
@@ -166,6 +166,11 @@ _LIBRARY.impl("quantize_pack", _op, "CompositeExplicitAutograd")
 torch.library.register_fake("kivi::quantize_pack", lambda *_: None, lib=_LIBRARY)
 
 
+def flat(spec: QuantSpec | None) -> tuple[int, str, int | None, str]:
+    """As the operator takes a spec; no bits for None."""
+    return (spec.bits, spec.axis, spec.group_size, spec.grid) if spec else (0, "", None, "")
+
+
 def quantize_pack(
     pages: Pages,
     spec: Spec | None,
@@ -187,6 +192,5 @@ def quantize_pack(
     if spec is not None and not is_plain(spec):
         quantize_pack_mapped(pages, spec, x, page, first, valid, smooth)
         return
-    of_spec = (spec.bits, spec.axis, spec.group_size, spec.grid) if spec else (0, "", None, "")
-    call = _op if direct(x, cpu=INTERPRETED) else torch.ops.kivi.quantize_pack.default
-    call(*pages[:3], x, page, first, valid, *of_spec)
+    call: Any = _op if direct(x, cpu=INTERPRETED) else torch.ops.kivi.quantize_pack.default
+    call(*pages[:3], x, page, first, valid, *flat(spec))

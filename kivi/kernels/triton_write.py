@@ -72,7 +72,7 @@ def write_tokens(
 
 
 @lru_cache(1024)
-def _launch(
+def launch_of(
     device: torch.device,
     dtype: torch.dtype,
     tokens: int,
@@ -88,6 +88,14 @@ def _launch(
     blocks, padded = -(-tokens // rows), triton.next_power_of_2(max(d, value_head_dim))
     fixed = (blocks, heads, slots, *k_strides[:3], *v_strides[:3], d, value_head_dim, padded, rows)
     return Launch(write_tokens, (blocks * b * heads, 1, 1), fixed, num_warps=1 if rows == 1 else 4)
+
+
+def numbers_of(place: list[tuple[int, int, int]]) -> tuple[int, tuple[int, ...]]:
+    """Tokens of all stretches, and what the kernel is told of these."""
+    if len(place) == 1:
+        return place[0][2], (*place[0], 0, 0, 0, 0, 0, 0)
+    rest = [(0, 0, 0)] * (STRETCHES - len(place))
+    return sum(n for _, _, n in place), tuple(x for one in (*place, *rest) for x in one)
 
 
 def write_new(exact_key: Tensor, exact_value: Tensor, k: Tensor, v: Tensor, place: Any) -> bool:
@@ -108,13 +116,9 @@ def write_new(exact_key: Tensor, exact_value: Tensor, k: Tensor, v: Tensor, plac
     k_strides, v_strides = k.stride(), v.stride()
     if k_strides[3] != 1 or v_strides[3] != 1:
         return False
-    if len(place) == 1:
-        tokens, numbers = place[0][2], (*place[0], 0, 0, 0, 0, 0, 0)
-    else:
-        tokens, rest = sum(n for _, _, n in place), [(0, 0, 0)] * (STRETCHES - len(place))
-        numbers = tuple(x for stretch in (*place, *rest) for x in stretch)
+    tokens, numbers = numbers_of(place)
     device, (_, _, slots, size) = k.device, exact_value.shape
-    launch = _launch(device, k.dtype, tokens, k.shape, slots, size, k_strides, v_strides)
+    launch = launch_of(device, k.dtype, tokens, k.shape, slots, size, k_strides, v_strides)
     tensors = (exact_key, exact_value, k, v)
     with on_device(device) if k.is_cuda else nullcontext():
         if launch.compiled is None:
