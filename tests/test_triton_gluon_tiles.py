@@ -48,7 +48,9 @@ def test_products_of_bytes(bits: int, upper: int, own: SimpleNamespace) -> None:
     words = torch.randint(-(2**15), 2**15, (32, 64), dtype=torch.int16)
     x = torch.randint(-32600, 32601, (64, 4))
     both = own.bytes_of(words, upper, 32, 64)
-    operand = own.operand(x.view(8, 8, 4).float(), 64)
+    down = torch.tensor([1.0, 2.0**-9, 2.0**40, 2.0**-100])  # by head: what whole numbers count
+    added = x.view(8, 8, 4) * down + own.offset(down)
+    operand = own.operand(added, 64)
     for plane in range(8 // bits):
         got = own.whole_product(own.codes_of(both, bits, plane), operand, 32)
         byte = (words.long() >> 8 * upper) & 255
