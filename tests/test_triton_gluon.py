@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 from gluon_on_cpu import Kernel
+from hypothesis import HealthCheck, settings
 from one_thread import one_thread  # noqa: F401
 from test_triton_decode import BRAIN, DEVICE, GPU, HALF, _outputs_begin_as_nan  # noqa: F401
-from test_triton_fast import check, filled, run
+from test_triton_fast import check, check_spec, filled, run, specs_up_to
 from test_triton_mapped import GLUON, PLUMB, same
 from test_triton_mapped import check as check_mapped
 
@@ -223,6 +224,13 @@ def test_a_loud_token(
     q[..., 0] = math.log(ratio) / (8 * scale)
     layer.append(k.to(dtype), v.to(dtype))
     check(layer, queries, 1, q=q.to(dtype))
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+@specs_up_to(500)
+def test_random_specs(become: Become, **spec: Any) -> None:
+    become(FIVE)
+    check_spec(**spec)
 
 
 @pytest.mark.parametrize("programs", [1, 2, 7])
