@@ -35,7 +35,7 @@ def hadamard_of_one(x, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _sums(
+def _means(
     source,  # of the first token
     valid,
     X_TOKEN: tl.constexpr,
@@ -47,7 +47,7 @@ def _sums(
     TOKENS: tl.constexpr,
     CHECKED: tl.constexpr,
 ):
-    """Sums of tokens over their number, and how many counted if CHECKED, [pieces, channels]."""
+    """`grids.mean`, [channels]; of finite elements only if CHECKED."""
     WIDTH: tl.constexpr = LANES * VECTOR
     # In this order, so that no warp must wait for what another one has of a channel.
     row = tl.arange(0, STEP)[:, None, None]
@@ -74,28 +74,10 @@ def _sums(
     for k in tl.static_range(log2(STEP)):
         halves = tl.reshape(sums, [2, STEP // 2 ** (k + 1), PADDED // WIDTH, WIDTH])
         sums = tl.sum(halves, 0)
-    return tl.reshape(sums, [PADDED // WIDTH, WIDTH]), tl.sum(count, 0)
-
-
-@triton.jit
-def _means(
-    source,
-    valid,
-    X_TOKEN: tl.constexpr,
-    valid_token,
-    D: tl.constexpr,
-    LANES: tl.constexpr,
-    VECTOR: tl.constexpr,
-    PADDED: tl.constexpr,
-    TOKENS: tl.constexpr,
-    CHECKED: tl.constexpr,
-):
-    """`grids.mean`, [channels]; of finite elements only if CHECKED."""
-    sums, count = _sums(
-        source, valid, X_TOKEN, valid_token, D, LANES, VECTOR, PADDED, TOKENS, CHECKED
-    )
+    sums = tl.reshape(sums, [PADDED // WIDTH, WIDTH])
     if CHECKED:
-        sums *= tl.math.div_rn(TOKENS * 1.0, tl.maximum(count, 1).to(tl.float32))
+        counted = tl.maximum(tl.sum(count, 0), 1).to(tl.float32)
+        sums *= tl.math.div_rn(TOKENS * 1.0, counted)
     return tl.reshape(sums, [PADDED])
 
 
@@ -117,10 +99,7 @@ def put_center(
     CHECKED: tl.constexpr,
 ):
     """Store the mapped mean of tokens."""
-    own = _means(
-        *(x, valid, X_TOKEN, valid_token),
-        *(D, LANES, VECTOR, PADDED, TOKENS, CHECKED),
-    )
+    own = _means(x, valid, X_TOKEN, valid_token, D, LANES, VECTOR, PADDED, TOKENS, CHECKED)
     channel = tl.arange(0, PADDED)
     known = None if D == PADDED else channel < D
     if smooth is not None:
