@@ -36,8 +36,7 @@ class Step(NamedTuple):
     `[B, T]` of up to SLACK columns, None for more. `before`: tokens and packed tokens that every
     row had, if the host knows that. Tensors may be views of the counters, and shared by layers:
     none is written. `zeros [B, n]`, int64, if pages may be begun: for all pages that units enter.
-    `pages`: how many columns fill from their start on, if no old token leaves; else 0.
-    `tail [512]`: which tokens of the last of them are columns, bool; None if all.
+    `whole`: pages that columns fill to the end, if nothing else leaves; 0 if that is not known.
     `weigh` tells formats that ask for it which tokens matter (`kivi.saliency`).
     """
 
@@ -48,8 +47,7 @@ class Step(NamedTuple):
     place: list[Stretch] | tuple[Tensor, Tensor] | None
     before: tuple[int, int] | None = None
     zeros: Tensor | None = None
-    pages: int = 0
-    tail: Tensor | None = None
+    whole: int = 0
     weigh: Callable[[Tensor, Tensor | int], Tensor] | None = None
 
 
@@ -128,16 +126,14 @@ def plan(
     known = (counts[0][0], counts[1][0]) if counts is not None and same else None
     window = length - packed - (spec.sink_length + spec.residual_length)
     packed = packed + window.clamp_min(0) // spec.unit * spec.unit
-    zeros, filled, tail = None, 0, None
+    zeros, whole = None, 0
     if known is not None and t > SLACK:
         pages = page_count(known[1] + units * spec.unit) - known[1] // PAGE_TOKENS
         zeros = length.new_zeros(length.shape[0], pages)
         column = spec.sink_length + known[1] - known[0]  # the first one that leaves
-        filled = pages if column >= 0 == known[1] % PAGE_TOKENS else 0
-        last = t - column - (pages - 1) * PAGE_TOKENS
-        if filled and last < PAGE_TOKENS:
-            tail = torch.arange(PAGE_TOKENS, device=length.device) < last
-    return Step(position, length, packed, units, place, known, zeros, filled, tail)
+        if column >= 0 == known[1] % PAGE_TOKENS and column + pages * PAGE_TOKENS <= t:
+            whole = pages
+    return Step(position, length, packed, units, place, known, zeros, whole)
 
 
 def plan_on_host(

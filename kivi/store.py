@@ -107,15 +107,14 @@ def store(
         ring: a page is written again this many columns later; what would be lost so at once is
             not packed at all.
         write: see `write_new`.
-        store_pages: packs pages of keys and values from their start on, or says that it cannot.
+        store_pages: packs whole pages of keys and values, or says that it cannot.
     """
     t, unit, sinks, units = k.shape[2], spec.unit, spec.sink_length, step.units
-    if step.pages and store_pages is not None and (ring is None or step.pages <= ring):
+    if step.whole and store_pages is not None and (ring is None or step.whole <= ring):
         assert step.before is not None
         length, packed = step.before
-        page = _part(view.table, 1, packed // PAGE_TOKENS, packed // PAGE_TOKENS + step.pages)
-        runs = sinks + packed - length, page, step.zeros, step.tail
-        if store_pages(view, spec, k, v, *runs, step.place):
+        page = _part(view.table, 1, packed // PAGE_TOKENS, packed // PAGE_TOKENS + step.whole)
+        if store_pages(view, spec, k, v, sinks + packed - length, page, step.zeros, step.place):
             return
     if units and step.before is not None:
         _pack_alike(view, spec, k, v, step, quantize_pack, ring, store_pages)
@@ -223,9 +222,7 @@ def _pack_pages(
         parts = [_part(x, 2, first * PAGE_TOKENS, last * PAGE_TOKENS) for x in sources]
         if first == whole:  # one page
             parts = [F.pad(x, (0, 0, 0, PAGE_TOKENS - x.shape[2])) for x in parts]
-        if store_pages is not None and store_pages(
-            view, spec, *parts[:2], 0, where, start, None, None
-        ):
+        if store_pages is not None and store_pages(view, spec, *parts[:2], 0, where, start, None):
             continue
         runs = [x.unflatten(2, (last - first, -1)).transpose(1, 2) for x in parts]
         told = list[Tensor]()
