@@ -16,7 +16,7 @@ from kivi import checks, saliency, steps, store
 from kivi.attention import Impl, Ops, get_ops
 from kivi.pages import CacheBytes, PageTable
 from kivi.quantize import zeros
-from kivi.room import Buffers
+from kivi.room import Buffers, Part
 from kivi.sinks import before_sinks, with_sinks
 from kivi.smoothing import new_smooth
 from kivi.spec import KVSpec
@@ -27,7 +27,7 @@ _OF_ROWS = ("_exact_key", "_exact_value", "_length", "_packed", "_smooth")
 _NOTHING = nullcontext()
 
 
-class LayerCache(steps.Lasting):
+class LayerCache(steps.Lasting, Part):
     """One layer's quantized cache.
 
     Args:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from kivi.quantize import Pages, new_pages, zero
-from kivi.room import Buffers, Room
+from kivi.room import Buffers, Part, Room
 from kivi.spec import PAGE_TOKENS, KVSpec
 
 CROP = 128
@@ -23,7 +23,7 @@ class CacheBytes(NamedTuple):
     used: int
 
 
-class PagePool:
+class PagePool(Part):
     """Pages of keys and values under one numbering, shared by rows and by forked caches.
 
     Page 0 is a bin: masked writes land there. A page that several rows refer to is never written.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -26,6 +26,28 @@ class _Stock:
     asked: int = 0
     left: list[Buffers] = field(default_factory=list)
     nbytes: list[int] = field(default_factory=list)
+
+
+def apart(x: Any) -> Any:
+    """What is part of a larger buffer as one of its own; tuples element by element."""
+    if isinstance(x, Tensor):
+        return x.clone() if x.untyped_storage().nbytes() > x.nbytes else x
+    if isinstance(x, tuple):
+        parts = map(apart, x)
+        return type(x)(*parts) if hasattr(x, "_fields") else tuple(parts)
+    return x
+
+
+class Part:
+    """What holds parts of joint buffers: deep copies and pickles take its own, not all of them."""
+
+    def __copy__(self) -> Self:
+        new = object.__new__(type(self))
+        new.__dict__.update(self.__dict__)
+        return new
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: apart(x) for name, x in vars(self).items()}
 
 
 class Room:
@@ -69,9 +91,11 @@ class Room:
 
     @torch.inference_mode(False)  # buffers outlive the mode they are made in
     def _more(self, stock: _Stock, make: Callable[[int], Buffers]) -> None:
-        """Buffers of the first layer, then of as many of the others as may be made ahead."""
-        count = min(self.layers - stock.asked, AHEAD // max(1, sum(stock.nbytes)))
-        if count <= 1 or not stock.asked or any(n % LINE for n in stock.nbytes):
+        """Buffers of the first two layers, one by one, then of twice as many at a time."""
+        # No more than have been asked for: the layers that follow may be of another kind.
+        count = min(self.layers - stock.asked, stock.asked)
+        count = min(count, AHEAD // max(1, sum(stock.nbytes)))
+        if count <= 1 or any(n % LINE for n in stock.nbytes):
             one = make(1)
             stock.left, stock.nbytes = [one], [0 if x is None else x.nbytes for x in one]
             return

@@ -288,7 +288,8 @@ class Lasting:
     @torch.inference_mode(False)
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         new = memo[id(self)] = copy.copy(self)
-        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        state: Any = self.__getstate__()
+        new.__dict__.update(copy.deepcopy(state, memo))
         return new
 
 

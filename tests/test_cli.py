@@ -17,7 +17,7 @@ from tiny_models import save_tiny, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
-from kivi import KVQuantizer, cli_ablate
+from kivi import KVQuantizer, cli_ablate, cli_schemes
 from kivi.__main__ import Preset, app
 from kivi.cli_ablate import make_candidate
 from kivi.cli_generate import ConsoleStreamer
@@ -102,6 +102,23 @@ def test_presets_are_those_of_the_command_and_all_parse() -> None:
     zoo = {parse_scheme(label).name for label in PRESETS["zoo"]}
     axes = {"per_token", "per_channel", "crossed", "kivi_symmetric"}  # KIVI's own ablations
     assert zoo == set(KVQuantizer.available()) - axes
+
+
+def test_a_scheme_that_fails_takes_no_other_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody else's, which the command line finds as it starts."""
+
+    class Broken:
+        def get(name: str, **options: object) -> KVQuantizer:
+            if name == "kivi":
+                raise KeyError(options["bits"])
+            return KVQuantizer.get(name, **options)
+
+        get, available = staticmethod(get), KVQuantizer.available
+
+    monkeypatch.setattr(cli_schemes, "KVQuantizer", Broken)
+    assert cli_schemes.every_width() == tuple(
+        label for label in PRESETS["bits"] if not label.startswith("kivi:")
+    )
 
 
 def test_choice_of_schemes() -> None:

@@ -139,6 +139,8 @@ SHAPES = [  # bits, axis, group, unit, head dim
     (2, "token", None, 64, 256),
     (3, "token", None, 32, 80),
     (2, "token", None, 32, 7),
+    (2, "token", None, 32, 4),
+    (3, "token", None, 64, 2),
     (4, "token", 128, 128, 256),
     (2, "token", 16, 32, 80),
     (2, "token", 20, 64, 80),

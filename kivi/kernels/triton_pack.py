@@ -104,7 +104,7 @@ def quantize_tiles(
         i += tl.arange(0, SPLIT)[None, None, :, None] * (PADDED // SPLIT)
         channel = group * G + i
         # Times 1, unknown to the compiler: it would choose a layout for neighbouring tokens.
-        lane = tl.arange(0, PADDED // SPLIT // VECTOR)[None, None, None, :]
+        lane = tl.arange(0, max(1, PADDED // SPLIT // VECTOR))[None, None, None, :]
         meta = (place * PAGE + token + row * (1 + nothing)) * META + group + lane
         inside = None if META % BLOCK == 0 else group < META
         known = lane == 0 if inside is None else inside & (lane == 0)

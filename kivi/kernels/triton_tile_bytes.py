@@ -111,8 +111,8 @@ def codes_of(x, bits: gl.constexpr, plane: gl.constexpr):
 def offset(down):
     """What added to numbers leaves them over `down`, rounded, in the low bits of a float32.
 
-    `down`: a power of 2 that they are at most LARGEST times as large as. 128, as lower bytes have
-    signs too. To add it costs nothing where numbers are products.
+    `down`: a power of 2 below 2^104 that they are at most LARGEST times as large as. 128, as lower
+    bytes have signs too. To add it costs nothing where numbers are products.
     """
     return down * (WHOLE + 128.0)
 
