@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-AHEAD = 2**26
+AHEAD = 2**24
 """Bytes made ahead at most: where a layer grows, its old part stays until all others have grown."""
 
 LINE = 128
@@ -20,9 +20,13 @@ Buffers = list[Tensor | None]
 
 @dataclass(slots=True)
 class _Stock:
-    """Buffers of one kind: how many layers have asked for them, what is left, bytes of each."""
+    """Buffers of one kind: how many layers have asked for them, what is left, bytes of each.
+
+    `again`: whether it is not the first kind, so that there may be more.
+    """
 
     kind: Hashable
+    again: bool
     asked: int = 0
     left: list[Buffers] = field(default_factory=list)
     nbytes: list[int] = field(default_factory=list)
@@ -83,7 +87,7 @@ class Room:
         """
         stock = self._stocks.get(name)
         if stock is None or stock.kind != kind:
-            stock = self._stocks[name] = _Stock(kind)
+            stock = self._stocks[name] = _Stock(kind, stock is not None)
         if not stock.left:
             self._more(stock, make)
         stock.asked += 1
@@ -91,11 +95,11 @@ class Room:
 
     @torch.inference_mode(False)  # buffers outlive the mode they are made in
     def _more(self, stock: _Stock, make: Callable[[int], Buffers]) -> None:
-        """Buffers of the first two layers, one by one, then of twice as many at a time."""
-        # No more than have been asked for: the layers that follow may be of another kind.
-        count = min(self.layers - stock.asked, stock.asked)
-        count = min(count, AHEAD // max(1, sum(stock.nbytes)))
-        if count <= 1 or any(n % LINE for n in stock.nbytes):
+        """Buffers of the first layer, then of as many of the others as may be made ahead."""
+        count = min(self.layers - stock.asked, AHEAD // max(1, sum(stock.nbytes)))
+        if stock.again:  # no more than have been asked for: the next may be of another kind
+            count = min(count, stock.asked)
+        if count <= 1 or not stock.asked or any(n % LINE for n in stock.nbytes):
             one = make(1)
             stock.left, stock.nbytes = [one], [0 if x is None else x.nbytes for x in one]
             return
