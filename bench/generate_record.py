@@ -81,7 +81,11 @@ def plot(
     figure = Figure(figsize=(9, 6.4), layout="constrained")
     lines = ("context", "batch", batch), ("batch", "context", context)
     for pair, (along, other, fixed) in zip(figure.subplots(2, 2), lines, strict=True):
-        chosen = sorted((row for row in rows if row[other] == fixed), key=lambda row: row[along])
+        chosen = [row for row in rows if row[other] == fixed and row["cache"] in names]
+        if not chosen:
+            held = sorted({row[other] for row in rows if row["cache"] in names})
+            raise ValueError(f"{other} {fixed}: {record} has rows of these caches at {held}")
+        chosen.sort(key=lambda row: row[along])
         for axes, what in zip(pair, ("tokens/s", "peak GiB"), strict=True):
             _draw(axes, chosen, along, what, colors)
             axes.set_xlabel(f"{along}, at {other} {_short(fixed)}")
